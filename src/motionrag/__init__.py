@@ -1,0 +1,3 @@
+"""MotionRAG: retrieved motion for frozen image-to-video diffusion backbones."""
+
+__version__ = "0.1.0"

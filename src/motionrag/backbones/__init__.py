@@ -1,0 +1,1 @@
+"""Frozen image-to-video diffusion models behind one protocol."""

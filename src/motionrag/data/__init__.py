@@ -1,0 +1,1 @@
+"""Clips on disk: video files, shards, batches, and the MotionWorld renderer."""

@@ -1,0 +1,1 @@
+"""One torchmetrics class per file; every metric takes features, never a network."""

@@ -1,0 +1,1 @@
+"""Networks written with torch and einops alone: Resampler, CAMA, motion adapter, diffusion formulas."""

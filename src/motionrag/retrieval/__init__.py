@@ -1,0 +1,1 @@
+"""The retrieval database: caption index, token store, retrievers."""
