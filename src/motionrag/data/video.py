@@ -1,0 +1,289 @@
+"""Read clips out of any video file, and write mp4 files: PyAV with the traps of real files handled.
+
+Shapes: ``T`` frames, ``H`` x ``W`` pixels; pictures are uint8 RGB in 0..255, upright.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+
+from motionrag.errors import MotionRAGError
+from motionrag.io import atomic_path
+
+#: Two time stamps closer than this are the same moment (the coarsest container clock ticks every 10 ms).
+_SAME_MOMENT = 1e-3
+
+#: Demuxers that make a "video" out of plain text.
+_TEXT_FORMATS = {"tty"}
+
+
+class UnreadableVideo(MotionRAGError):
+    """No frame can be had from a file; the message says why."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames of one span of a video.
+
+    frames: uint8 (T,H,W,3) RGB, upright. fps: measured frame rate of the source (0 for a single frame
+    without a stated rate). decoded: how many frames the span holds, of which ``frames`` is a choice.
+    width, height: upright size of the source. note: what is not as it should be, "" when all is well.
+    """
+
+    frames: np.ndarray
+    fps: float
+    decoded: int
+    width: int
+    height: int
+    note: str = ""
+
+    @property
+    def duration(self) -> float:
+        """Length of the span in seconds, the last frame's own time included; 0 when the rate is unknown."""
+        return self.decoded / self.fps if self.fps else 0.0
+
+
+def uniform_indices(total: int, count: int) -> list[int]:
+    """``count`` frame numbers spread over ``total`` frames, first and last included (int, non-decreasing).
+
+    ``linspace(0, total-1, count).round()`` with halves to even, as the reference samples; with fewer
+    frames than asked for, some come twice.
+    """
+    if total < 1 or count < 1:
+        raise ValueError(f"expected at least one frame to choose from and to choose, got {total} and {count}")
+    return torch.linspace(0, total - 1, count).round().long().tolist()
+
+
+def read_clip(
+    source: str | Path | bytes,
+    start_sec: float | None = None,
+    end_sec: float | None = None,
+    frames: int | None = None,
+    fps: float | None = None,
+    short_side: int | None = None,
+) -> Clip:
+    """Decode a clip, converting only the frames that are wanted.
+
+    source: a path, or the bytes of a whole file. start_sec, end_sec: the span ``start <= t < end`` in
+    seconds after the first frame; None means from the beginning, to the end. Then
+
+    - neither frames nor fps: every frame of the span;
+    - frames: that many, spread uniformly (see :func:`uniform_indices`);
+    - fps: from the start at that rate, for each moment the frame nearest in time; with ``frames`` exactly
+      that many, the last one repeated if the source is too short (the note says so).
+
+    short_side: resize so that the shorter side has this many pixels (the other one rounded).
+
+    Frames come in decode order, which is right also where time stamps are not. Rates are measured from the
+    time stamps: stated ones are often wrong. A damaged file gives the frames before the damage and a note.
+    Raises :class:`UnreadableVideo` when there is no frame to give.
+    """
+    name = "video in memory" if isinstance(source, bytes) else Path(source).name
+    if not isinstance(source, bytes):
+        if not Path(source).exists():
+            raise UnreadableVideo(f"{name}: missing file")
+        if not Path(source).is_file():
+            raise UnreadableVideo(f"{name}: not a file")
+    size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+    if size == 0:
+        raise UnreadableVideo(f"{name}: empty file (0 bytes)")
+
+    # The packets, which cost nothing to count, tell which frames will be wanted; decoding decides. Where
+    # the two disagree (damage, hidden frames) the file is decoded once more with the right choice.
+    packets, announced = _packet_times(source, name)
+    choice, _ = _choose(packets, start_sec, end_sec, frames, fps)
+    decoded = _decode(source, name, set(choice), end_sec, short_side)
+    if not decoded.times:
+        reason = f"damaged data: {decoded.error}" if decoded.error else "no frame can be decoded"
+        raise UnreadableVideo(f"{name}: {reason}")
+    right_choice, span = _choose(decoded.times, start_sec, end_sec, frames, fps)
+    if not span:
+        length = decoded.times[-1]
+        raise UnreadableVideo(
+            f"{name}: no frames between {start_sec or 0:g} and "
+            f"{'the end' if end_sec is None else f'{end_sec:g}'} s; the last frame is at {length:.2f} s"
+        )
+    if not set(right_choice) <= decoded.pictures.keys():
+        decoded = _decode(source, name, set(right_choice), end_sec, short_side)
+
+    notes = []
+    if decoded.error:
+        notes.append(f"stops after {len(decoded.times)} of {announced} frames: damaged data")
+    if fps and frames:
+        missing = frames - _frames_at_rate(decoded.times, span, fps)
+        if missing > 0:
+            notes.append(f"{missing} of {frames} frames repeat the last one: the clip is too short")
+    return Clip(
+        frames=np.stack([decoded.pictures[i] for i in right_choice]),
+        fps=_rate(decoded.times, span, decoded.stated_fps),
+        decoded=len(span),
+        width=decoded.width,
+        height=decoded.height,
+        note="; ".join(notes),
+    )
+
+
+def write_mp4(
+    path: str | Path, frames: np.ndarray, fps: float, pix_fmt: str = "yuv420p", crf: int = 16
+) -> Path:
+    """Write uint8 RGB ``frames`` (T,H,W,3) as H.264/mp4 in one step; the same frames give the same bytes.
+
+    Sides that the pixel format cannot hold (odd ones under yuv420p) are padded by repeating the edge.
+    Raises ``ValueError`` for frames of another shape or type.
+    """
+    frames = np.asarray(frames)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+        raise ValueError(f"expected uint8 frames (T,H,W,3), T > 0, got {frames.dtype} {frames.shape}")
+    if "420" in pix_fmt:
+        odd_height, odd_width = frames.shape[1] % 2, frames.shape[2] % 2
+        frames = np.pad(frames, ((0, 0), (0, odd_height), (0, odd_width), (0, 0)), mode="edge")
+    with (
+        atomic_path(path) as temporary,
+        av.open(str(temporary), "w", options={"movflags": "faststart"}) as box,
+    ):
+        stream = box.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
+        stream.codec_context.thread_count = 1  # the bytes depend on the number of threads
+        stream.options = {"crf": str(crf), "g": "30"}  # frequent key frames: cheap seeks
+        for picture in frames:
+            box.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        box.mux(stream.encode())
+    return Path(path)
+
+
+@dataclass
+class _Decoded:
+    times: list[float]  # of all frames, in seconds after the first
+    pictures: dict[int, np.ndarray]  # the wanted ones, by frame number
+    stated_fps: float
+    width: int = 0
+    height: int = 0
+    error: str = ""
+
+
+def _open(source: str | Path | bytes, name: str) -> av.container.InputContainer:
+    """Open tolerantly (names in files need not be UTF-8) and make sure that there is a picture to decode."""
+    # A playlist is a text that names other files; only the file itself is to be read.
+    options = {"protocol_whitelist": "file"}
+    target = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+    try:
+        container = av.open(target, metadata_errors="ignore", options=options)
+    except (av.FFmpegError, OSError) as error:
+        raise UnreadableVideo(f"{name}: not a readable video ({_text(error)})") from error
+    if not container.streams.video:
+        has_sound = bool(container.streams.audio)
+        container.close()
+        raise UnreadableVideo(f"{name}: {'sound only, ' if has_sound else ''}no video stream")
+    if container.format.name in _TEXT_FORMATS:
+        container.close()
+        raise UnreadableVideo(f"{name}: a text, not a video")
+    container.streams.video[0].thread_count = 1  # fastest in total when many processes decode
+    return container
+
+
+def _packet_times(source: str | Path | bytes, name: str) -> tuple[list[float], int]:
+    """Times of the frames as the packets promise them, and how many frames the file announces."""
+    stamps = []
+    with _open(source, name) as container:
+        stream = container.streams.video[0]
+        announced = stream.frames
+        try:
+            for packet in container.demux(stream):
+                if packet.size and not packet.is_discard:
+                    stamps.append(packet.pts)
+        except av.FFmpegError:
+            pass  # decoding meets the same damage and reports it
+        return _times(stamps, stream), max(announced, len(stamps))
+
+
+def _times(stamps: list[int | None], stream: av.video.stream.VideoStream) -> list[float]:
+    """Seconds after the first frame for frames in decode order.
+
+    Sorted, because some files number frames out of order; counted by the stated rate if stamps are missing.
+    """
+    if any(stamp is None for stamp in stamps) or len(set(stamps)) < len(stamps):
+        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        return [i / rate for i in range(len(stamps))]
+    ordered = sorted(stamps)
+    return [float((stamp - ordered[0]) * stream.time_base) for stamp in ordered]
+
+
+def _choose(
+    times: list[float], start: float | None, end: float | None, frames: int | None, fps: float | None
+) -> tuple[list[int], range]:
+    """Numbers of the wanted frames, and the frame numbers of the span (both empty if it holds none)."""
+    low = np.searchsorted(times, (start or 0.0) - _SAME_MOMENT)
+    high = len(times) if end is None else np.searchsorted(times, end - _SAME_MOMENT)
+    span = range(int(low), int(high))
+    if not span:
+        return [], span
+    if fps is None:
+        picked = range(len(span)) if frames is None else uniform_indices(len(span), frames)
+        return [span[i] for i in picked], span
+    moments = times[span[0]] + np.arange(frames or _frames_at_rate(times, span, fps)) / fps
+    inside = np.asarray(times[span.start : span.stop])
+    nearest = np.abs(inside - moments[:, None]).argmin(axis=1)
+    return [span[int(i)] for i in nearest], span
+
+
+def _frames_at_rate(times: list[float], span: range, fps: float) -> int:
+    """How many frames ``fps`` per second the span has, its last frame shown for as long as the others."""
+    length = times[span[-1]] - times[span[0]]
+    if len(span) > 1:
+        length += length / (len(span) - 1)
+    return max(1, round(length * fps))
+
+
+def _rate(times: list[float], span: range, stated: float) -> float:
+    length = times[span[-1]] - times[span[0]]
+    return (len(span) - 1) / length if length else stated
+
+
+def _decode(
+    source: str | Path | bytes, name: str, wanted: set[int], end: float | None, short_side: int | None
+) -> _Decoded:
+    """Decode up to the first error (a decoder that goes on after one invents pictures)."""
+    stamps: list[int | None] = []
+    with _open(source, name) as container:
+        stream = container.streams.video[0]
+        result = _Decoded([], {}, float(stream.average_rate or 0))
+        scaler = av.video.reformatter.VideoReformatter()
+        try:
+            for frame in container.decode(stream):
+                if not stamps:
+                    size = _scaled(frame.width, frame.height, short_side)
+                    turns = round(frame.rotation / 90) % 4
+                    first = frame.time
+                    result.width, result.height = frame.width, frame.height
+                    if turns % 2:
+                        result.width, result.height = frame.height, frame.width
+                if len(stamps) in wanted:
+                    # threads=1: more of them deadlock in forked workers
+                    rgb = scaler.reformat(frame, *size, format="rgb24", interpolation="AREA", threads=1)
+                    result.pictures[len(stamps)] = np.rot90(rgb.to_ndarray(), turns)
+                stamps.append(frame.pts)
+                # A second of grace: time stamps may be out of order.
+                if None not in (end, first, frame.time) and frame.time - first > end + 1:
+                    break
+        except av.FFmpegError as error:
+            result.error = _text(error)
+        result.times = _times(stamps, stream)
+    return result
+
+
+def _scaled(width: int, height: int, short_side: int | None) -> tuple[int, int]:
+    if short_side is None:
+        return width, height
+    scale = short_side / min(width, height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _text(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
