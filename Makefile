@@ -1,0 +1,48 @@
+# Targets are documented by the text after ##; `make` alone prints them.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# One of two extras that exclude each other: faiss for a machine with or without an NVIDIA GPU.
+EXTRA := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+
+.PHONY: help venv demo test lint format weights clean
+
+help: ## print this list
+	@echo "MotionRAG: retrieved motion for frozen image-to-video backbones"
+	@echo
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+venv: $(STAMP) ## create .venv and install everything (other targets do it by themselves)
+
+# torch goes first and alone: the rest then builds on the wheel that fits this machine instead of choosing one.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed; run make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRA),dev]'
+	touch $@
+
+demo: venv ## the whole pipeline on synthetic clips; leaves outputs/demo/report.html
+	$(BIN)/motionrag demo
+	@echo "Open outputs/demo/report.html in a browser (one file, works offline)."
+
+test: venv ## run the tests
+	$(BIN)/python -m pytest
+
+lint: venv ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+weights: venv ## train the tiny weights that ship with the package again
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash experiments/tiny_weights/make.sh
+
+clean: ## remove the environment and all results
+	rm -rf $(VENV) outputs multirun
