@@ -1,0 +1,7 @@
+"""``python -m motionrag.cli`` is ``motionrag``."""
+
+import sys
+
+from motionrag.cli import main
+
+sys.exit(main())
