@@ -1,0 +1,102 @@
+"""Numbers computed with the reference code, read from a folder outside the repository."""
+
+import json
+import os
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+FOLDER = Path(os.environ.get("MOTIONRAG_PARITY_DIR", ROOT / ".." / "shared" / "parity"))
+WORST: dict[str, tuple[float, str]] = {}  # case -> worst error / tolerance, and the output it belongs to
+
+
+class Case:
+    """One parity case: constructor arguments, inputs, weights, and outputs with their tolerances."""
+
+    def __init__(self, entry: dict) -> None:
+        self.entry = entry
+        self.name = entry["case"]
+        self.constructor = entry["constructor"]
+        self.checked: set[str] = set()
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors of the case; shards are merged."""
+        return {k: v for f in self.entry["files"] for k, v in load_file(FOLDER / f).items()}
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.tensors[key]
+
+    def weights(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """State dict below `w.<prefix>`."""
+        start = f"w.{prefix}"
+        return {k.removeprefix(start): v for k, v in self.tensors.items() if k.startswith(start)}
+
+    def check(self, **outputs: torch.Tensor) -> None:
+        """Compare `out.<name>` tensors; remembers the worst error as a share of the tolerance."""
+        tolerance = self.entry["tolerance"]
+        for name, actual in outputs.items():
+            key = f"out.{name}"
+            expected = self.tensors[key]
+            assert actual.shape == expected.shape, f"{self.name} {key}: {actual.shape} != {expected.shape}"
+            self.checked.add(key)
+            if not expected.is_floating_point():
+                assert torch.equal(actual, expected), f"{self.name} {key} differs"
+                share = 0.0
+            else:
+                error = (actual.double() - expected.double()).abs()
+                allowed = tolerance["atol"][key] + tolerance["rtol"] * expected.double().abs()
+                share = (error / allowed).max().item()
+            WORST[self.name] = max(WORST.get(self.name, (0.0, key)), (share, key))
+            assert share <= 1, f"{self.name} {key}: error is {share:.2f} x tolerance"
+
+
+def manifest_cases() -> dict[str, dict]:
+    """Case name -> manifest entry; empty when the folder is absent."""
+    path = FOLDER / "manifest.json"
+    return {entry["case"]: entry for entry in json.loads(path.read_text())["cases"]} if path.exists() else {}
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> Case:
+    """The case named like the test (or by its parameter); all of its outputs must be checked."""
+    name = getattr(request, "param", request.node.originalname.removeprefix("test_"))
+    cases = manifest_cases()
+    if not cases:
+        pytest.skip(f"no parity folder at {FOLDER}: set MOTIONRAG_PARITY_DIR")
+    case = Case(cases[name])
+    yield case
+    left = {k for k in case.tensors if k.startswith("out.")} - case.checked
+    assert request.node.stash.get(FAILED, False) or not left, (
+        f"{name}: outputs never compared: {sorted(left)}"
+    )
+
+
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    report = yield
+    if report.when == "call" and not report.passed:
+        item.stash[FAILED] = True
+    return report
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Every case by name with its worst error as a share of the tolerance."""
+    cases = manifest_cases()
+    if not cases:
+        terminalreporter.section("PARITY NOT CHECKED", sep="!", red=True, bold=True)
+        terminalreporter.line(f"no manifest.json in {FOLDER}: set MOTIONRAG_PARITY_DIR to the parity folder")
+        return
+    if not WORST:
+        return
+    terminalreporter.section("parity: worst error / tolerance")
+    for name in cases:
+        share, key = WORST.get(name, (None, ""))
+        terminalreporter.line(f"{name:36s} {'not covered' if share is None else f'{share:.4f}  {key}'}")
