@@ -52,21 +52,12 @@ VERBS: dict[str, Verb] = {
 
 # Keys whose values are prose: taken literally, never as numbers, lists or sweeps.
 TEXT_KEYS = frozenset({"prompt", "motion_prompt", "negative_prompt"})
-# Hydra options that take the next word as their value.
+# Hydra's own options: those that take the next word as their value, and the others.
 OPTIONS_WITH_VALUE = frozenset(
-    {
-        "--cfg",
-        "-c",
-        "--package",
-        "-p",
-        "--config-path",
-        "-cp",
-        "--config-name",
-        "-cn",
-        "--config-dir",
-        "-cd",
-        "--experimental-rerun",
-    }
+    "--cfg -c --package -p --config-path -cp --config-name -cn --config-dir -cd --experimental-rerun".split()
+)
+OPTIONS = OPTIONS_WITH_VALUE | frozenset(
+    "--hydra-help --resolve --run -r --multirun -m --shell-completion -sc --info -i".split()
 )
 OVERRIDE = re.compile(r"^(\+\+|\+|~)?[A-Za-z_][\w./@:$\-]*=")
 DELETION = re.compile(r"^~[A-Za-z_][\w./@:$\-]*$")
@@ -174,20 +165,27 @@ def overrides_from_words(verb: str, words: list[str]) -> list[str]:
     """
     multirun = "-m" in words or "--multirun" in words
     bare: list[str] = []
-    result: list[str] = []
+    overrides: list[str] = []
+    options: list[str] = []  # last: Hydra's parser wants all overrides in one stretch
     rest = iter(words)
     for word in rest:
         if word == "--":
             bare += rest
-        elif word in OPTIONS_WITH_VALUE:
-            result += [word, *([value] if (value := next(rest, None)) is not None else [])]
-        elif DELETION.match(word) or (word.startswith("-") and len(word) > 1):
-            result.append(word)
+        elif word.startswith("-"):
+            if word.split("=")[0] not in OPTIONS:
+                raise MotionRAGError(
+                    f"unknown option '{word}': options of {verb} are key=value without dashes "
+                    f"(motionrag {verb} --help; words after -- are taken as they are)"
+                )
+            value = next(rest, None) if word in OPTIONS_WITH_VALUE else None
+            options += [word] if value is None else [word, value]
+        elif DELETION.match(word):
+            overrides.append(word)
         elif OVERRIDE.match(word):
-            result.append(_quoted_override(word, multirun))
+            overrides.append(_quoted_override(word, multirun))
         else:
             bare.append(word)
-    return result + _positional_override(verb, bare)
+    return overrides + _positional_override(verb, bare) + options
 
 
 def _positional_override(verb: str, bare: list[str]) -> list[str]:
@@ -238,11 +236,11 @@ def _quote(text: str) -> str:
 
 
 def _launch(verb: str, words: list[str]) -> int:
+    overrides = overrides_from_words(verb, words)
     if not (conf_dir() / f"{verb}.yaml").is_file():
         raise MotionRAGError(
             f"no config {verb}.yaml in {conf_dir()}: the installation is incomplete, install motionrag again"
         )
-    overrides = overrides_from_words(verb, words)
     import hydra
 
     typed = ["motionrag", verb, *words]

@@ -1,0 +1,365 @@
+"""The command line: words to overrides, run folders, and one line for every mistake."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from motionrag import cli, provenance
+from motionrag.errors import MotionRAGError
+
+# ---------------------------------------------------------------- fakes
+
+
+@pytest.fixture
+def app(tmp_path, monkeypatch):
+    """A config folder with one verb whose ``run`` the test supplies; returns a function that calls main."""
+    conf = tmp_path / "conf"
+    (conf / "hydra").mkdir(parents=True)
+    (conf / "size").mkdir()
+    shipped = cli.conf_dir() / "hydra" / "default.yaml"
+    (conf / "hydra" / "default.yaml").write_text(shipped.read_text())
+    (conf / "retrieve.yaml").write_text(
+        "# find things\ndefaults: [{hydra: default}, {size: small}, _self_]\n"
+        "prompt: ???\ndb: null\nk: 9\nseed: 3\nnested: {rate: 1}\n"
+    )
+    (conf / "size" / "small.yaml").write_text("width: 1\n")
+    (conf / "size" / "large.yaml").write_text("width: 2\n")
+    monkeypatch.setattr(cli, "conf_dir", lambda: conf)
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def main(*words, run=None):
+        def record(cfg):
+            calls.append(OmegaConf.to_container(cfg))
+            return {"summary": "found it", "found": 1} if run is None else run(cfg)
+
+        module = type(sys)("motionrag.cli.retrieve")
+        module.run = record
+        monkeypatch.setitem(sys.modules, "motionrag.cli.retrieve", module)
+        return cli.main(["retrieve", *words])
+
+    main.calls = calls
+    return main
+
+
+def one_line(capsys) -> str:
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+# ---------------------------------------------------------------- help
+
+
+def test_help_is_fast_and_light(root, tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(root / "src")}
+    for words in (["--help"], *([verb, "--help"] for verb in cli.VERBS)):
+        command = [sys.executable, "-X", "importtime", "-m", "motionrag.cli", *words]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and "motionrag" in done.stdout
+        imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+        assert "motionrag.cli" in imported
+        assert not imported & {"torch", "hydra", "omegaconf", "numpy", "yaml"}
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "motionrag.cli", "report", "--help"], env=env, capture_output=True
+        )
+        times.append(time.perf_counter() - start)
+    assert statistics.median(times) < 0.5
+
+
+def test_every_verb_has_config_code_and_help(capsys):
+    for verb in cli.VERBS:
+        assert (cli.conf_dir() / f"{verb}.yaml").is_file(), verb
+        assert (cli.conf_dir().parent / "src/motionrag/cli" / f"{verb}.py").is_file(), verb
+        assert cli.main([verb, "--help"]) == 0
+        assert f"motionrag {verb}" in capsys.readouterr().out
+
+
+def test_every_verb_composes_and_keeps_its_runs_in_outputs():
+    for verb in cli.VERBS:
+        with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf_dir())):
+            cfg = compose(verb, return_hydra_config=True)
+        assert "outputs/" in OmegaConf.to_container(cfg.hydra.run, resolve=False)["dir"], verb
+        assert cfg.hydra.job.chdir is False
+
+
+def test_help_comes_from_the_config_text(app, capsys):
+    assert cli.main(["retrieve", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "# find things" in text and "k: 9" in text
+
+
+def test_version_and_plain_call(capsys):
+    assert cli.main([]) == 0
+    assert "usage" in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("motionrag ")
+
+
+# ---------------------------------------------------------------- words to overrides
+
+
+def read_back(*words: str, verb: str = "retrieve") -> dict:
+    """What a config with these keys becomes under the words."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(cli.overrides_from_words(verb, list(words)))
+    # through OmegaConf, which resolves interpolations
+    cfg = OmegaConf.create()
+    for override in parsed:
+        OmegaConf.update(cfg, override.key_or_group, override.value())
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+PROMPTS = [
+    "a person juggles a ball",
+    "red ball, then (slowly) a = b",
+    "it's \"quoted\" and it's 'quoted'",
+    "[1, 2, 3]",
+    "{a: 1}",
+    "1,2,3",
+    "null",
+    "12",
+    "true",
+    "choice(a, b)",
+    "costs ${price} or $5",
+    "back\\slash\\",
+    "ends with quote'",
+    "日本語、змея ♥",
+    "two\nlines",
+    " spaces around ",
+    "E: mc^2 @ 50% & <b> #1 ~ ` | ; !?*",
+    "",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_prompts_arrive_as_typed(prompt):
+    assert read_back("--", prompt) == {"prompt": prompt}
+    assert read_back(f"prompt={prompt}") == {"prompt": prompt}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30))
+def test_any_text_arrives_as_typed(prompt):
+    assert read_back("--", prompt) == {"prompt": prompt}
+    quoted = len(prompt) > 1 and prompt[0] == prompt[-1] and prompt[0] in "'\""
+    if not quoted:  # Hydra's own quotes stay Hydra's
+        assert read_back(f"prompt={prompt}") == {"prompt": prompt}
+
+
+def test_words_keep_hydras_grammar():
+    assert read_back("k=3", "nested.rate=0.5", "on=true", "list=[1,2]", "prompt='a, b'") == {
+        "k": 3,
+        "nested": {"rate": 0.5},
+        "on": True,
+        "list": [1, 2],
+        "prompt": "a, b",
+    }
+    words = ["--cfg", "job", "+new=1", "++new=1", "~old", "~old=1", "-m", "k=1,2,3", "hydra/launcher=basic"]
+    # options go last: Hydra's parser wants all overrides in one stretch
+    assert cli.overrides_from_words("retrieve", words) == [
+        "+new=1",
+        "++new=1",
+        "~old",
+        "~old=1",
+        "k=1,2,3",
+        "hydra/launcher=basic",
+        "--cfg",
+        "job",
+        "-m",
+    ]
+
+
+def test_paths_with_odd_characters():
+    assert read_back("image=my photo (1), copy=2.png", "db=a[1]{2}") == {
+        "image": "my photo (1), copy=2.png",
+        "db": "a[1]{2}",
+    }
+
+
+def test_report_takes_many_folders():
+    assert read_back("a", "b,c (1)", "d'e", verb="report") == {"runs": ["a", "b,c (1)", "d'e"]}
+
+
+def test_bare_words_where_none_belong(capsys):
+    assert cli.main(["pack", "clips.csv"]) == 2
+    assert "key=value" in one_line(capsys)
+    assert cli.main(["retrieve", "a", "person", "juggles"]) == 2
+    assert '"a person juggles"' in one_line(capsys)
+
+
+def test_dashes_where_none_belong(capsys):
+    assert cli.main(["retrieve", "--k=3"]) == 2
+    assert "key=value without dashes" in one_line(capsys)
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_run_folder(app, tmp_path, capsys):
+    assert app("a ball, (red)", "k=2", "size=large", "hydra.run.dir=here") == 0
+    (config,) = app.calls
+    assert (config["prompt"], config["k"], config["size"]["width"]) == ("a ball, (red)", 2, 2)
+    assert capsys.readouterr().out.strip() == f"retrieve: found it [{os.path.join('here', 'results.json')}]"
+    assert json.loads((tmp_path / "here/results.json").read_text())["found"] == 1
+    record = json.loads((tmp_path / "here/provenance.json").read_text())
+    assert record["argv"] == [
+        "motionrag",
+        "retrieve",
+        "a ball, (red)",
+        "k=2",
+        "size=large",
+        "hydra.run.dir=here",
+    ]
+    assert record["config"]["k"] == 2 and record["seed"] == 3
+    assert {"torch", "motionrag", "lightning"} <= record["versions"].keys()
+    assert record["date"] and record["python"] and record["platform"]
+    assert OmegaConf.load(tmp_path / "here/config.yaml").prompt == "a ball, (red)"
+
+
+def test_provenance_is_there_while_the_run_works(app, tmp_path):
+    def run(cfg):
+        assert (tmp_path / "here/provenance.json").is_file()
+        return {"summary": "ok"}
+
+    assert app("x", "hydra.run.dir=here", run=run) == 0
+
+
+def test_default_run_folder(app, tmp_path):
+    assert app("x") == 0
+    (results,) = (tmp_path / "outputs" / "retrieve").glob("*/results.json")
+
+
+def test_sweep(app, tmp_path):
+    assert app("x", "k=1,2", "-m", "hydra.sweep.dir=sweep") == 0
+    assert [call["k"] for call in app.calls] == [1, 2]
+    assert json.loads((tmp_path / "sweep/1/provenance.json").read_text())["config"]["k"] == 2
+
+
+def test_cfg_job_shows_the_config_and_runs_nothing(app, capsys):
+    assert app("x", "k=4", "--cfg", "job") == 0
+    assert OmegaConf.create(capsys.readouterr().out).k == 4
+    assert not app.calls
+
+
+def test_git_state(tmp_path):
+    def git(*words):
+        subprocess.run(
+            ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words],
+            check=True,
+            capture_output=True,
+        )
+
+    assert provenance.git_state(tmp_path) is None
+    git("init")
+    (tmp_path / "f").write_text("1")
+    git("add", "f")
+    git("commit", "-m", "one")
+    assert provenance.git_state(tmp_path)["dirty"] is False
+    (tmp_path / "f").write_text("2")
+    assert provenance.git_state(tmp_path)["dirty"] is True
+    (tmp_path / "sub").mkdir()
+    assert provenance.git_state(tmp_path / "sub") is None  # somebody else's repository
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def test_unknown_verb(capsys):
+    assert cli.main(["retreive"]) == 2
+    assert "did you mean 'retrieve'" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("kk=2", "unknown config key 'kk', did you mean 'k'?"),
+        ("nested.rat=2", "unknown config key 'nested.rat', did you mean 'nested.rate'?"),
+        ("rate=2", "unknown config key 'rate', did you mean 'nested.rate'?"),
+        ("size=larg", "unknown size 'larg', did you mean 'large'?; available: large, small"),
+        ("db=${nothing}", "nothing"),
+    ],
+)
+def test_mistakes_in_overrides(app, capsys, word, expected):
+    assert app("x", word) == 2
+    assert expected in one_line(capsys)
+    assert not app.calls
+
+
+def test_missing_value(app, capsys):
+    assert app("k=3") == 2
+    assert "needs prompt=..." in one_line(capsys)
+
+
+def test_user_error(app, capsys):
+    def run(cfg):
+        raise MotionRAGError("database db: k=9 is more\nthan 3 clips")
+
+    assert app("x", run=run) == 2
+    assert one_line(capsys) == "error: database db: k=9 is more than 3 clips"
+
+
+def test_user_error_inside_a_constructor(app, capsys):
+    def run(cfg):
+        from hydra.utils import instantiate
+
+        return instantiate({"_target_": "tests_cli_target.fail"})
+
+    def fail():
+        raise MotionRAGError("weights of another size")
+
+    sys.modules["tests_cli_target"] = type(sys)("tests_cli_target")
+    sys.modules["tests_cli_target"].fail = fail
+    try:
+        assert app("x", run=run) == 2
+    finally:
+        del sys.modules["tests_cli_target"]
+    assert one_line(capsys) == "error: weights of another size"
+
+
+def test_no_space_left(app, capsys):
+    def run(cfg):
+        raise OSError(errno.ENOSPC, "No space left on device", "x.npy")
+
+    assert app("x", run=run) == 2
+    line = one_line(capsys)
+    assert "no space left" in line and "x.npy" in line
+
+
+def test_interrupt(app, capsys):
+    def run(cfg):
+        raise KeyboardInterrupt
+
+    assert app("x", run=run) == 130
+    assert one_line(capsys) == "error: interrupted"
+
+
+def test_a_bug_keeps_its_traceback(app):
+    def run(cfg):
+        return {}["x"]
+
+    with pytest.raises(KeyError):
+        app("x", run=run)
+
+
+def test_real_process(motionrag):
+    done = motionrag("report")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.strip().splitlines() == [done.stderr.strip()]
+    assert "needs runs=..." in done.stderr
