@@ -40,6 +40,17 @@ def resolve_weights(path: str) -> str:
     return str(folder)
 
 
+def uniform_indices(total: int, count: int) -> list[int]:
+    """``count`` frame numbers spread over ``total`` frames, first and last included (int, non-decreasing).
+
+    ``linspace(0, total-1, count).round()`` with halves to even, as the reference samples; with fewer
+    frames than asked for, some come twice.
+    """
+    if total < 1 or count < 1:
+        raise ValueError(f"expected at least one frame to choose from and to choose, got {total} and {count}")
+    return torch.linspace(0, total - 1, count).round().long().tolist()
+
+
 class FrozenEncoder(nn.Module):
     """What the three encoders share: a name, a width, a fingerprint of the weights, and staying frozen."""
 
@@ -117,7 +128,12 @@ class MotionEncoder(FrozenEncoder):
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:
         """Motion features (B, N, D) of ``video`` (B, T, 3, H, W) in [-1, 1]; any T, H, W >= 1."""
-        return self.model.videomae(self._pixels(video)).last_hidden_state
+        return self.features(self.pixels(video))
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> Tensor:
+        """Motion features (B, N, D) of what :meth:`pixels` gives."""
+        return self.model.videomae(pixels).last_hidden_state
 
     @torch.no_grad()
     def logits(self, video: Tensor) -> Tensor:
@@ -130,15 +146,18 @@ class MotionEncoder(FrozenEncoder):
                 f"motion encoder {self.name} has no classifier, which the Action Score needs; use weights "
                 "fine-tuned for classification, such as MCG-NJU/videomae-base-finetuned-ssv2"
             )
-        return self.model(self._pixels(video)).logits
+        return self.model(self.pixels(video)).logits
 
-    def _pixels(self, video: Tensor) -> Tensor:
+    @torch.no_grad()
+    def pixels(self, video: Tensor) -> Tensor:
+        """The network's input (B, frames, 3, size, size): sampled uniformly, resized, cropped, normalised.
+
+        For clips of different sizes, which meet in one batch only after this step.
+        """
         if video.ndim != 5 or video.shape[2] != 3:
             raise ValueError(f"expected a video (B,T,3,H,W), got {tuple(video.shape)}")
-        # halves to even, as the reference rounds
-        chosen = torch.linspace(0, video.shape[1] - 1, self.frames).round().long()
-        frames = video[:, chosen.to(video.device)]
-        return _prepare(frames.flatten(0, 1), self.size).unflatten(0, frames.shape[:2])
+        frames = video[:, uniform_indices(video.shape[1], self.frames)]
+        return prepare_pixels(frames.flatten(0, 1), self.size).unflatten(0, frames.shape[:2])
 
 
 class AppearanceEncoder(FrozenEncoder):
@@ -171,9 +190,7 @@ class AppearanceEncoder(FrozenEncoder):
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
         """Appearance features (B, N, D) of ``image`` (B, 3, H, W) in [-1, 1]."""
-        if image.ndim != 4 or image.shape[1] != 3:
-            raise ValueError(f"expected an image (B,3,H,W), got {tuple(image.shape)}")
-        return self.model(_prepare(image, self.size)).last_hidden_state
+        return self.model(prepare_pixels(image, self.size)).last_hidden_state
 
 
 class CaptionEncoder(FrozenEncoder):
@@ -260,7 +277,7 @@ def _require(path: str, missing: list[str]) -> None:
         )
 
 
-def _prepare(images: Tensor, size: int) -> Tensor:
+def prepare_pixels(images: Tensor, size: int) -> Tensor:
     """(B,3,H,W) in [-1,1] -> (B,3,size,size): short side to ``size``, centre crop, ImageNet mean and std."""
     images = (images + 1) / 2
     height, width = images.shape[-2:]

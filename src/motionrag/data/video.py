@@ -12,20 +12,25 @@ from pathlib import Path
 
 import av
 import numpy as np
-import torch
 
+from motionrag.encoders import uniform_indices
 from motionrag.errors import MotionRAGError
 from motionrag.io import atomic_path
 
 #: Two time stamps closer than this are the same moment (the coarsest container clock ticks every 10 ms).
 _SAME_MOMENT = 1e-3
 
-#: Demuxers that make a "video" out of plain text.
+#: Demuxers that make a "video" out of plain text, or out of one picture (those of single formats: png_pipe ...).
 _TEXT_FORMATS = {"tty"}
+_PICTURE_FORMATS = {"image2", "ico"}
 
 
 class UnreadableVideo(MotionRAGError):
-    """No frame can be had from a file; the message says why."""
+    """No frame can be had from a file. The message is ``name: reason``; ``reason`` alone is an attribute."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -50,17 +55,6 @@ class Clip:
         return self.decoded / self.fps if self.fps else 0.0
 
 
-def uniform_indices(total: int, count: int) -> list[int]:
-    """``count`` frame numbers spread over ``total`` frames, first and last included (int, non-decreasing).
-
-    ``linspace(0, total-1, count).round()`` with halves to even, as the reference samples; with fewer
-    frames than asked for, some come twice.
-    """
-    if total < 1 or count < 1:
-        raise ValueError(f"expected at least one frame to choose from and to choose, got {total} and {count}")
-    return torch.linspace(0, total - 1, count).round().long().tolist()
-
-
 def read_clip(
     source: str | Path | bytes,
     start_sec: float | None = None,
@@ -75,7 +69,7 @@ def read_clip(
     seconds after the first frame; None means from the beginning, to the end. Then
 
     - neither frames nor fps: every frame of the span;
-    - frames: that many, spread uniformly (see :func:`uniform_indices`);
+    - frames: that many, spread uniformly (see :func:`motionrag.encoders.uniform_indices`);
     - fps: from the start at that rate, for each moment the frame nearest in time; with ``frames`` exactly
       that many, the last one repeated if the source is too short (the note says so).
 
@@ -85,15 +79,15 @@ def read_clip(
     time stamps: stated ones are often wrong. A damaged file gives the frames before the damage and a note.
     Raises :class:`UnreadableVideo` when there is no frame to give.
     """
-    name = "video in memory" if isinstance(source, bytes) else Path(source).name
+    name = "video data" if isinstance(source, bytes) else Path(source).name
     if not isinstance(source, bytes):
         if not Path(source).exists():
-            raise UnreadableVideo(f"{name}: missing file")
+            raise UnreadableVideo(name, "missing file")
         if not Path(source).is_file():
-            raise UnreadableVideo(f"{name}: not a file")
+            raise UnreadableVideo(name, "not a file")
     size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
     if size == 0:
-        raise UnreadableVideo(f"{name}: empty file (0 bytes)")
+        raise UnreadableVideo(name, "empty file (0 bytes)")
 
     # The packets, which cost nothing to count, tell which frames will be wanted; decoding decides. Where
     # the two disagree (damage, hidden frames) the file is decoded once more with the right choice.
@@ -102,13 +96,14 @@ def read_clip(
     decoded = _decode(source, name, set(choice), end_sec, short_side)
     if not decoded.times:
         reason = f"damaged data: {decoded.error}" if decoded.error else "no frame can be decoded"
-        raise UnreadableVideo(f"{name}: {reason}")
+        raise UnreadableVideo(name, reason)
     right_choice, span = _choose(decoded.times, start_sec, end_sec, frames, fps)
     if not span:
         length = decoded.times[-1]
         raise UnreadableVideo(
-            f"{name}: no frames between {start_sec or 0:g} and "
-            f"{'the end' if end_sec is None else f'{end_sec:g}'} s; the last frame is at {length:.2f} s"
+            name,
+            f"no frames between {start_sec or 0:g} and "
+            f"{'the end' if end_sec is None else f'{end_sec:g}'} s; the last frame is at {length:.2f} s",
         )
     if not set(right_choice) <= decoded.pictures.keys():
         decoded = _decode(source, name, set(right_choice), end_sec, short_side)
@@ -176,14 +171,17 @@ def _open(source: str | Path | bytes, name: str) -> av.container.InputContainer:
     try:
         container = av.open(target, metadata_errors="ignore", options=options)
     except (av.FFmpegError, OSError) as error:
-        raise UnreadableVideo(f"{name}: not a readable video ({_text(error)})") from error
+        raise UnreadableVideo(name, f"not a readable video ({_text(error)})") from error
     if not container.streams.video:
         has_sound = bool(container.streams.audio)
         container.close()
-        raise UnreadableVideo(f"{name}: {'sound only, ' if has_sound else ''}no video stream")
-    if container.format.name in _TEXT_FORMATS:
+        raise UnreadableVideo(name, f"{'sound only, ' if has_sound else ''}no video stream")
+    kind = container.format.name
+    if kind in _TEXT_FORMATS or kind in _PICTURE_FORMATS or kind.endswith("_pipe"):
         container.close()
-        raise UnreadableVideo(f"{name}: a text, not a video")
+        raise UnreadableVideo(
+            f"{name}: a {'text' if kind in _TEXT_FORMATS else 'still picture'}, not a video"
+        )
     container.streams.video[0].thread_count = 1  # fastest in total when many processes decode
     return container
 
