@@ -28,9 +28,9 @@ _PICTURE_FORMATS = {"image2", "ico"}
 class UnreadableVideo(MotionRAGError):
     """No frame can be had from a file. The message is ``name: reason``; ``reason`` alone is an attribute."""
 
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name}: {reason}")
-        self.reason = reason
+    def __init__(self, name: str, reason: str = "") -> None:  # one argument: how worker processes pass it on
+        super().__init__(f"{name}: {reason}" if reason else name)
+        self.reason = reason or name
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,7 @@ def _open(source: str | Path | bytes, name: str) -> av.container.InputContainer:
     kind = container.format.name
     if kind in _TEXT_FORMATS or kind in _PICTURE_FORMATS or kind.endswith("_pipe"):
         container.close()
-        raise UnreadableVideo(
-            f"{name}: a {'text' if kind in _TEXT_FORMATS else 'still picture'}, not a video"
-        )
+        raise UnreadableVideo(name, f"a {'text' if kind in _TEXT_FORMATS else 'still picture'}, not a video")
     container.streams.video[0].thread_count = 1  # fastest in total when many processes decode
     return container
 
