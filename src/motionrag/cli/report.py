@@ -14,5 +14,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     runs = [Path(str(run)) for run in cfg.runs]
     out = Path(str(cfg.out)) if cfg.out is not None else runs[0] / "report.html"
-    page = write_report(runs, out, title=str(cfg.title), max_clips=int(cfg.max_clips))
+    page = write_report(
+        runs, out, title=str(cfg.title), max_clips=int(cfg.max_clips), max_references=int(cfg.max_references)
+    )
     return {"summary": f"{len(runs)} run(s) -> {page}", "report": str(page)}
