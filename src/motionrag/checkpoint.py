@@ -1,0 +1,132 @@
+"""Trained weights on disk: only what was trained, keys checked strictly, a manifest beside them.
+
+`NAME.safetensors` holds tensors under the prefixes `resampler.`, `motion_adapter.` (Stage 1) and `cama.` (Stage 2);
+`NAME.json` says what they are. The prefixes are the same in every file, so nothing ever renames a key.
+"""
+
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from motionrag.errors import MotionRAGError
+from motionrag.io import atomic_path, read_json, sha256, write_json
+
+SCHEMA = "motionrag.weights/1"
+PREFIXES = ("resampler", "motion_adapter", "cama")
+
+
+def trainable_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's tensors on the CPU, by key; raises ValueError for keys outside the stable prefixes."""
+    state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+    foreign = [key for key in state if key.split(".")[0] not in PREFIXES]
+    if foreign:
+        raise ValueError(f"weights outside {PREFIXES} must not be saved: {foreign[:3]}")
+    return state
+
+
+def resolve(path: str | Path) -> Path:
+    """`pkg:tiny/adapter.safetensors` -> that file in the installed package; other paths as they are."""
+    text = str(path)
+    return Path(str(files("motionrag") / "weights" / text[4:])) if text.startswith("pkg:") else Path(text)
+
+
+def save_weights(
+    path: str | Path, state: Mapping[str, Tensor], about: Mapping[str, Any] | None = None
+) -> Path:
+    """Write `path` (.safetensors) and its manifest (.json), each in one step.
+
+    `about` (JSON-able) goes into the manifest beside sizes and checksum.
+    """
+    path = Path(path)
+    with atomic_path(path) as temporary:
+        save_file(dict(state), temporary, metadata={"format": "pt"})
+    manifest = {
+        "schema": SCHEMA,
+        "file": path.name,
+        "sha256": sha256(path),
+        "parameters": {
+            prefix: sum(v.numel() for k, v in state.items() if k.startswith(f"{prefix}."))
+            for prefix in sorted({key.split(".")[0] for key in state})
+        },
+        "about": dict(about or {}),
+    }
+    write_json(path.with_suffix(".json"), manifest)
+    return path
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict and manifest of a weights file (`pkg:` names allowed).
+
+    Raises MotionRAGError when the file is missing, unreadable or not the one its manifest describes.
+    """
+    path = resolve(path)
+    if not path.is_file():
+        raise MotionRAGError(f"no weights file {path}: give the .safetensors that motionrag train wrote")
+    try:
+        with safe_open(path, "pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise MotionRAGError(
+            f"{path} is not a readable safetensors file ({error}): copy or train it again"
+        ) from error
+    beside = path.with_suffix(".json")
+    manifest = read_json(beside) if beside.is_file() else {}
+    if manifest and manifest.get("sha256") != sha256(path):
+        raise MotionRAGError(f"{path} is not the file that {beside.name} describes: copy both again")
+    return state, manifest
+
+
+def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
+    """Raise MotionRAGError naming the differing keys and shapes unless both have the same of each."""
+    missing = [k for k in expected if k not in found]
+    extra = [k for k in found if k not in expected]
+    shapes = [
+        f"{k} {tuple(found[k].shape)} instead of {tuple(v.shape)}"
+        for k, v in expected.items()
+        if k in found and found[k].shape != v.shape
+    ]
+    parts = [
+        f"{len(items)} {what}: {', '.join(items[:3])}{', ...' if len(items) > 3 else ''}"
+        for what, items in (("of another size", shapes), ("missing", missing), ("unexpected", extra))
+        if items
+    ]
+    if parts:
+        raise MotionRAGError(
+            f"{where} does not fit this configuration ({'; '.join(parts)}): choose the configuration it was trained with"
+        )
+
+
+def load_weights(path: str | Path, **modules: nn.Module) -> dict[str, Any]:
+    """Fill modules from a weights file: `load_weights(path, resampler=r, motion_adapter=a)`; returns the manifest.
+
+    Every key below an asked prefix must fit; other prefixes in the file are left alone. All modules are checked
+    before the first one is filled, so nothing is ever half loaded.
+    """
+    state, manifest = read_weights(path)
+    parts = {prefix: _below(state, prefix) for prefix in modules}
+    for prefix, module in modules.items():
+        if not parts[prefix]:
+            held = sorted({key.split(".")[0] for key in state})
+            raise MotionRAGError(
+                f"{path} holds no {prefix} weights, only {', '.join(held)}: give another weights file"
+            )
+        expected = {f"{prefix}.{k}": v for k, v in module.state_dict().items()}
+        check_state(expected, {f"{prefix}.{k}": v for k, v in parts[prefix].items()}, str(path))
+    for prefix, module in modules.items():
+        module.load_state_dict(parts[prefix])
+    return manifest
+
+
+def count_parameters(parameters: Iterable[torch.nn.Parameter]) -> int:
+    """Number of values."""
+    return sum(p.numel() for p in parameters)
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(f"{prefix}."): v for k, v in state.items() if k.startswith(f"{prefix}.")}

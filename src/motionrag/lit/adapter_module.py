@@ -1,0 +1,200 @@
+"""Stage 1: teach a frozen backbone to follow motion tokens."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from motionrag.backbones.base import Backbone, MotionInput
+from motionrag.checkpoint import check_state, load_weights
+from motionrag.data.batch import MotionBatch
+from motionrag.encoders import MotionEncoder
+from motionrag.modules.motion_adapter import MotionAdapter
+from motionrag.modules.resampler import Resampler
+
+
+def step_seed(seed: int, purpose: str, position: int) -> int:
+    """A 63-bit seed for one purpose at one place of the training stream.
+
+    Randomness of a step depends on nothing else, so a resumed run draws what the uninterrupted one would have.
+    """
+    digest = hashlib.sha256(f"{seed}/{purpose}/{position}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class AdapterModule(L.LightningModule):
+    """Trains the motion Resampler and the motion adapter through the backbone's own diffusion loss.
+
+    The reference clip is the clip itself. Backbone and encoder are frozen and live outside the module tree: never in
+    a checkpoint, never in the optimizer, always in eval mode.
+
+    Args:
+        backbone: what the adapter is attached to.
+        resampler: motion features -> motion tokens.
+        motion_adapter: called with the backbone's sites and `token_width`, e.g. a partial of
+            `MotionAdapter.for_modules`.
+        optimizer: called with the trainable parameters.
+        motion_encoder: encodes clips whose features the data does not bring, and the zero clip.
+        scheduler: called with the optimizer; steps once per optimizer step.
+        text_dropout, reference_dropout: per-sample chance of the empty caption and of the zero clip.
+        weights: weights file to start from.
+        gradient_checkpointing: recompute the denoiser's activations in backward.
+        cache: keep latents and text states of clips seen once, in memory (small data sets).
+        seed: of noise and dropout.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        resampler: Resampler,
+        motion_adapter: Callable[..., MotionAdapter],
+        optimizer: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer],
+        motion_encoder: MotionEncoder,
+        scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+        text_dropout: float = 0.15,
+        reference_dropout: float = 0.15,
+        weights: str | None = None,
+        gradient_checkpointing: bool = False,
+        cache: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        # A tuple, because attributes that are modules would be registered.
+        self._frozen = (backbone, motion_encoder)
+        backbone.denoiser.requires_grad_(False).eval()
+        if gradient_checkpointing:
+            backbone.denoiser.enable_gradient_checkpointing()
+        self.resampler = resampler
+        self.motion_adapter = motion_adapter(backbone.adapter_sites(), token_width=resampler.output_dim)
+        if weights:
+            load_weights(weights, resampler=self.resampler, motion_adapter=self.motion_adapter)
+        self._make_optimizer, self._make_scheduler = optimizer, scheduler
+        self.text_dropout, self.reference_dropout = text_dropout, reference_dropout
+        self.seed = seed
+        self._kept: dict[str, dict[str, Tensor]] | None = {"latents": {}, "text": {}} if cache else None
+        self._null_features: Tensor | None = None
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen backbone."""
+        return self._frozen[0]
+
+    @property
+    def motion_encoder(self) -> MotionEncoder:
+        """The frozen motion encoder."""
+        return self._frozen[1]
+
+    # --- motion tokens -----------------------------------------------------------------------------------------
+
+    def motion_features(self, batch: MotionBatch) -> Tensor:
+        """Features (B, N, D) of the batch's own clips, from the data if they are there."""
+        return batch.target_motion if batch.target_motion is not None else self.motion_encoder(batch.video)
+
+    def null_features(self) -> Tensor:
+        """Features (1, N, D) of the all-zero clip, computed once."""
+        if self._null_features is None:
+            side = self.motion_encoder.size
+            zeros = torch.zeros(1, self.motion_encoder.frames, 3, side, side, device=self.device)
+            self._null_features = self.motion_encoder(zeros)
+        return self._null_features.to(self.device)
+
+    # --- training ----------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        if not self.motion_adapter.attached:
+            self.motion_adapter.attach(self.backbone.adapter_sites())
+
+    def teardown(self, stage: str) -> None:
+        self.motion_adapter.detach()
+
+    def on_fit_start(self) -> None:
+        for part in self._frozen:
+            part.to(self.device)
+
+    def training_step(self, batch: MotionBatch, batch_idx: int) -> Tensor:
+        features = self.motion_features(batch)
+        captions = list(batch.captions)
+        for row, position in enumerate(batch.position):
+            drop = torch.Generator().manual_seed(step_seed(self.seed, "dropout", position))
+            text, reference = torch.rand(2, generator=drop).tolist()
+            if text < self.text_dropout:
+                captions[row] = ""
+            if (
+                reference < self.reference_dropout
+            ):  # null tokens, not a skipped branch: DDP needs every gradient
+                features = features.clone()
+                features[row] = self.null_features()[0]
+        # Not `use`: gradient checkpointing reads the tokens again during backward, after this method returned.
+        self.motion_adapter.set(self.resampler(features))
+        loss = self._diffusion_loss(batch, captions, "noise")
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: MotionBatch, batch_idx: int) -> None:
+        self.motion_adapter.clear()
+
+    def validation_step(self, batch: MotionBatch, batch_idx: int) -> None:
+        """Loss with the clips' own motion, and with the zero clip's on the same noise."""
+        tokens = self.resampler(self.motion_features(batch))
+        null = self.resampler(self.null_features()).expand_as(tokens)
+        for name, motion in (("val/loss", tokens), ("val/loss_null", null)):
+            with self.motion_adapter.use(motion):
+                loss = self._diffusion_loss(batch, batch.captions, "validation")
+            self.log(name, loss, prog_bar=name == "val/loss", batch_size=len(batch), sync_dist=True)
+
+    def _diffusion_loss(self, batch: MotionBatch, captions: list[str], purpose: str) -> Tensor:
+        generator = torch.Generator().manual_seed(step_seed(self.seed, purpose, batch.position[0]))
+        with torch.no_grad():
+            latents = self._encoded(
+                "latents", batch.clip_id, lambda rows: self.backbone.encode_video(batch.video[rows])
+            )
+            text = self._encoded(
+                "text", captions, lambda rows: self.backbone.encode_text([captions[r] for r in rows])
+            )
+            image = self.backbone.encode_image(batch.video[:, 0], generator, noisy=True)
+        return self.backbone.loss(latents, image, text.to(self.device), generator)
+
+    def _encoded(self, kind: str, names: list[str], encode: Callable[[list[int]], Tensor]) -> Tensor:
+        """Encode all rows, or with the cache on only those never seen before."""
+        if self._kept is None:
+            return encode(list(range(len(names))))
+        kept = self._kept[kind]
+        new = list({name: row for row, name in enumerate(names) if name not in kept}.items())
+        if new:
+            kept.update(zip((name for name, _ in new), encode([row for _, row in new]), strict=True))
+        return torch.stack([kept[name] for name in names])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self._make_optimizer(self.parameters())
+        if self._make_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._make_scheduler(optimizer), "interval": "step"},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_state(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
+
+    # --- looking at it -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, batch: MotionBatch, steps: int, guidance: float) -> dict[str, Tensor]:
+        """Videos (B, T, 3, H, W) in [-1, 1] from the batch's first frames: "without" and "with" its motion."""
+        motion = MotionInput(
+            self.motion_adapter,
+            self.resampler(self.motion_features(batch)),
+            self.resampler(self.null_features()),
+        )
+        text = self.backbone.encode_text(batch.captions).to(self.device)
+        null_text = self.backbone.encode_text([""]).to(self.device)
+        seeds = [step_seed(self.seed, "sample", position) for position in batch.position]
+        options = {"steps": steps, "guidance": guidance, "seeds": seeds}
+        with self.motion_adapter.use(None):
+            return {
+                "without": self.backbone.sample(batch.video[:, 0], text, null_text, **options),
+                "with": self.backbone.sample(batch.video[:, 0], text, null_text, motion=motion, **options),
+            }

@@ -1,0 +1,103 @@
+"""Stage 2: teach CAMA to predict a clip's motion tokens from reference clips."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from motionrag.checkpoint import check_state, load_weights
+from motionrag.data.batch import MotionBatch
+from motionrag.modules.cama import CAMA, cama_losses, sequence_order
+from motionrag.modules.resampler import Resampler
+
+
+class CAMAModule(L.LightningModule):
+    """Trains CAMA, its appearance Resampler and start tokens on the motion tokens of a frozen motion Resampler.
+
+    Training takes the squared error over all clips of the sequence, validation over the target's block, beside two
+    simple predictions: the mean of the references' tokens and the nearest reference's.
+
+    Args:
+        cama: what is trained.
+        resampler: the motion Resampler; held outside the module tree and frozen.
+        resampler_weights: the Stage 1 weights file it comes from (None: it is filled already).
+        optimizer: called with the trainable parameters.
+        scheduler: called with the optimizer; steps once per optimizer step.
+        weights: CAMA weights file to start from.
+    """
+
+    def __init__(
+        self,
+        cama: CAMA,
+        resampler: Resampler,
+        optimizer: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer],
+        resampler_weights: str | None = None,
+        scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+        weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        if (resampler.tokens, resampler.output_dim) != (cama.tokens, cama.width):
+            raise ValueError(
+                f"the motion Resampler gives {resampler.tokens} x {resampler.output_dim} tokens, "
+                f"CAMA works on {cama.tokens} x {cama.width}"
+            )
+        if resampler_weights:
+            load_weights(resampler_weights, resampler=resampler)
+        self._frozen = (resampler.requires_grad_(False).eval(),)
+        self.cama = cama
+        if weights:
+            load_weights(weights, cama=cama)
+        self._make_optimizer, self._make_scheduler = optimizer, scheduler
+
+    @property
+    def resampler(self) -> Resampler:
+        """The frozen motion Resampler."""
+        return self._frozen[0]
+
+    @torch.no_grad()
+    def motion_tokens(self, features: Tensor) -> Tensor:
+        """Features (..., N, D) -> motion tokens (..., l, d)."""
+        return self.resampler(features.flatten(0, -3)).unflatten(0, features.shape[:-2])
+
+    def on_fit_start(self) -> None:
+        self.resampler.to(self.device)
+
+    def training_step(self, batch: MotionBatch, batch_idx: int) -> Tensor:
+        prediction, truth = self._predict(batch)
+        losses = cama_losses(prediction, truth)
+        self.log("train/loss", losses["mse"], prog_bar=True, batch_size=len(batch))
+        self.log("train/smooth_l1", losses["smooth_l1"], batch_size=len(batch))
+        return losses["mse"]
+
+    def validation_step(self, batch: MotionBatch, batch_idx: int) -> None:
+        prediction, truth = self._predict(batch)
+        references, target = truth[:, :-1], truth[:, -1]
+        losses = cama_losses(prediction, truth, target_only=True)
+        values = {
+            "val/loss": losses["mse"],
+            "val/smooth_l1": losses["smooth_l1"],
+            "val/loss_mean_reference": F.mse_loss(references.mean(1), target),
+            "val/loss_nearest_reference": F.mse_loss(references[:, -1], target),
+        }
+        self.log_dict(values, batch_size=len(batch), sync_dist=True)
+
+    def _predict(self, batch: MotionBatch) -> tuple[Tensor, Tensor]:
+        """CAMA's tokens and the true ones, both (B, K+1, l, d) in sequence order."""
+        references = self.motion_tokens(batch.reference_motion)
+        truth = sequence_order(references, self.motion_tokens(batch.target_motion))
+        return self.cama(references, batch.reference_appearance, batch.target_appearance), truth
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self._make_optimizer(self.parameters())
+        if self._make_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._make_scheduler(optimizer), "interval": "step"},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_state(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
