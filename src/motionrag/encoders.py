@@ -190,7 +190,19 @@ class AppearanceEncoder(FrozenEncoder):
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
         """Appearance features (B, N, D) of ``image`` (B, 3, H, W) in [-1, 1]."""
-        return self.model(prepare_pixels(image, self.size)).last_hidden_state
+        return self.features(self.pixels(image))
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> Tensor:
+        """Appearance features (B, N, D) of what :meth:`pixels` gives."""
+        return self.model(pixels).last_hidden_state
+
+    @torch.no_grad()
+    def pixels(self, image: Tensor) -> Tensor:
+        """The network's input (B, 3, size, size): resized, cropped, normalised."""
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f"expected an image (B,3,H,W), got {tuple(image.shape)}")
+        return prepare_pixels(image, self.size)
 
 
 class CaptionEncoder(FrozenEncoder):
