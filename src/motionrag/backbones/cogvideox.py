@@ -1,0 +1,267 @@
+"""CogVideoX image-to-video (diffusers classes): `THUDM/CogVideoX-5b-I2V`, or the tiny one that ships.
+
+Both are read from a folder (or hub id) in diffusers' layout: vae/, transformer/, scheduler/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.pipelines.cogvideo.pipeline_cogvideox_image2video import get_resize_crop_region_for_grid
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from motionrag.backbones.base import MotionInput
+from motionrag.encoders import CaptionEncoder, resolve_weights
+from motionrag.errors import MotionRAGError
+from motionrag.modules.diffusion import (
+    add_noise, first_frame_condition, image_noise_sigma, noisy_image, v_loss,
+)  # fmt: skip
+
+SCHEDULER = dict(
+    num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+    prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=1.0, timestep_spacing="trailing",
+    set_alpha_to_one=True, clip_sample=False, steps_offset=0,
+)  # fmt: skip
+TINY_VAE = dict(
+    block_out_channels=(8, 32, 64), down_block_types=("CogVideoXDownBlock3D",) * 3,
+    up_block_types=("CogVideoXUpBlock3D",) * 3, latent_channels=8, layers_per_block=1, norm_num_groups=4,
+    sample_height=32, sample_width=32,
+)  # fmt: skip
+TINY_TRANSFORMER = dict(
+    num_attention_heads=5, attention_head_dim=32, in_channels=16, out_channels=8, time_embed_dim=96,
+    text_embed_dim=384, num_layers=6, sample_width=8, sample_height=8, sample_frames=9, patch_size=2,
+    temporal_compression_ratio=4, max_text_seq_length=24, use_rotary_positional_embeddings=True,
+    use_learned_positional_embeddings=True, spatial_interpolation_scale=1.0,
+)  # fmt: skip
+
+
+class T5Text:
+    """The text encoder of the full model: T5 states of all `max_length` tokens, padding included."""
+
+    def __init__(self, path: str, max_length: int = 226, dtype: torch.dtype = torch.float32):
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        self.max_length = max_length
+        self.tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
+        self.model = T5EncoderModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype).eval()
+        self.model.requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> (B, max_length, 4096)."""
+        ids = self.tokenizer(
+            list(prompts), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+        ).input_ids
+        return self.model(ids.to(self.model.device)).last_hidden_state
+
+
+class SentenceText:
+    """Token states of the sentence encoder, in place of T5 for the tiny model: no small T5 works offline."""
+
+    def __init__(self, encoder: CaptionEncoder | None = None, max_length: int = 24):
+        self.encoder, self.max_length = encoder or CaptionEncoder(), max_length
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> (B, max_length, 384), zeros where there is no token."""
+        states, mask = self.encoder.tokens(list(prompts), self.max_length)
+        return states * mask[..., None]
+
+
+class CogVideoX:
+    """The frozen CogVideoX image-to-video model behind the `Backbone` protocol.
+
+    Args:
+        vae, transformer, scheduler: diffusers models; put into eval mode and frozen.
+        text: callable, prompts -> text states.
+        frames, fps: clip length and rate it is used with; the picture size is the VAE's.
+        name: what results and checkpoints call it.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKLCogVideoX,
+        transformer: CogVideoXTransformer3DModel,
+        scheduler: CogVideoXDPMScheduler,
+        text: Callable[[Sequence[str]], Tensor],
+        frames: int,
+        fps: float = 8.0,
+        name: str = "cogvideox",
+    ):
+        self.vae, self.denoiser, self.scheduler, self.text = vae, transformer, scheduler, text
+        self.frames, self.fps, self.name = frames, fps, name
+        self.spatial = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.height = transformer.config.sample_height * self.spatial
+        self.width = transformer.config.sample_width * self.spatial
+        if (frames - 1) % vae.config.temporal_compression_ratio:
+            raise MotionRAGError(
+                f"backbone {name}: frames={frames}, expected 1 + a multiple of {vae.config.temporal_compression_ratio}"
+            )
+        for module in (vae, transformer):
+            module.eval().requires_grad_(False)
+
+    @classmethod
+    def load(
+        cls, path: str, text: Callable[[Sequence[str]], Tensor] | None = None, frames: int = 17, fps: float = 8.0,
+        dtype: str = "float32", name: str = "cogvideox",
+    ) -> CogVideoX:  # fmt: skip
+        """Read vae/, transformer/ and scheduler/ from a folder, `pkg:NAME` or hub id.
+
+        `text` defaults to the T5 of the same place. Raises MotionRAGError if something is missing.
+        """
+        folder, precision = resolve_weights(path), getattr(torch, dtype)
+        try:
+            parts = [
+                kind.from_pretrained(folder, subfolder=sub, torch_dtype=precision)
+                for kind, sub in ((AutoencoderKLCogVideoX, "vae"), (CogVideoXTransformer3DModel, "transformer"))
+            ]
+            scheduler = CogVideoXDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+            text = text or T5Text(folder, dtype=precision)
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise MotionRAGError(
+                f"backbone {path!r} cannot be loaded ({reason}); expected a folder or hub id with vae/, transformer/ "
+                "and scheduler/"
+            ) from error
+        return cls(*parts, scheduler, text, frames, fps, name)
+
+    @classmethod
+    def tiny(cls, seed: int = 0, text: Callable[[Sequence[str]], Tensor] | None = None, **transformer) -> CogVideoX:
+        """The architecture of the shipped tiny model with random weights; for tests. Sizes can be overridden."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            vae = AutoencoderKLCogVideoX(**TINY_VAE)
+            denoiser = CogVideoXTransformer3DModel(**TINY_TRANSFORMER | transformer)
+        return cls(vae, denoiser, CogVideoXDPMScheduler(**SCHEDULER), text or SentenceText(), 9, name="cogvideox_tiny")
+
+    # --- encoding --------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return self.denoiser.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the denoiser."""
+        return self.denoiser.dtype
+
+    def to(self, *args, **kwargs) -> CogVideoX:
+        """Move VAE and denoiser."""
+        self.vae.to(*args, **kwargs)
+        self.denoiser.to(*args, **kwargs)
+        return self
+
+    @torch.no_grad()
+    def encode_video(self, video: Tensor) -> Tensor:
+        """(B, T, 3, H, W) in [-1, 1] -> scaled latents (B, F, C, h, w): the posterior's mode."""
+        if tuple(video.shape[1:]) != (self.frames, 3, self.height, self.width):
+            raise MotionRAGError(
+                f"backbone {self.name} takes clips of {self.frames}x3x{self.height}x{self.width}, "
+                f"got {'x'.join(map(str, video.shape[1:]))}"
+            )
+        latents = self.vae.encode(video.transpose(1, 2).to(self.vae.dtype)).latent_dist.mode()
+        return latents.transpose(1, 2) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def encode_image(self, image: Tensor, generator: torch.Generator | None = None, noisy: bool = False) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, 1, C, h, w); `noisy` adds exp(N(-3, .5)) noise first."""
+        if noisy:
+            sigma = image_noise_sigma(len(image), generator).to(image)
+            image = noisy_image(image, sigma, randn_tensor(image.shape, generator, image.device, image.dtype))
+        latents = self.vae.encode(image[:, :, None].to(self.vae.dtype)).latent_dist.mode()
+        return latents.transpose(1, 2) * self.vae.config.scaling_factor
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> (B, L, D)."""
+        return self.text(prompts)
+
+    def adapter_sites(self) -> Mapping[str, nn.Module]:
+        """The joint attention of every block."""
+        return {f"transformer_blocks.{i}.attn1": b.attn1 for i, b in enumerate(self.denoiser.transformer_blocks)}
+
+    # --- training --------------------------------------------------------------------------------------------------
+
+    def rotary(self, latent_frames: int) -> tuple[Tensor, Tensor] | None:
+        """cos and sin tables (F*h*w/p^2, head width), as diffusers' pipeline makes them."""
+        config = self.denoiser.config
+        if not config.use_rotary_positional_embeddings:
+            return None
+        grid = (config.sample_height // config.patch_size, config.sample_width // config.patch_size)
+        return get_3d_rotary_pos_embed(
+            embed_dim=config.attention_head_dim, crops_coords=get_resize_crop_region_for_grid(grid, grid[1], grid[0]),
+            grid_size=grid, temporal_size=latent_frames, device=self.device,
+        )  # fmt: skip
+
+    def predict(self, latents: Tensor, image_latents: Tensor, text: Tensor, timesteps: Tensor) -> Tensor:
+        """Noisy latents (B, F, C, h, w) and conditions -> predicted velocity of that shape."""
+        return self.denoiser(
+            hidden_states=first_frame_condition(latents, image_latents).to(self.dtype),
+            encoder_hidden_states=text.to(self.dtype), timestep=timesteps,
+            image_rotary_emb=self.rotary(latents.shape[1]), return_dict=False,
+        )[0]  # fmt: skip
+
+    def loss(
+        self, latents: Tensor, image_latents: Tensor, text: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """v-prediction MSE at uniform time steps, a scalar; equals the reference's weighted x0 loss."""
+        steps = self.scheduler.config.num_train_timesteps
+        timesteps = torch.randint(0, steps, (len(latents),), generator=generator).to(latents.device)
+        noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
+        abar = self.scheduler.alphas_cumprod.to(latents.device)[timesteps]
+        velocity = self.predict(add_noise(latents, noise, abar), image_latents, text, timesteps)
+        return v_loss(velocity, latents, noise, abar)
+
+    # --- sampling --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self, image: Tensor, text: Tensor, null_text: Tensor, *, steps: int = 25, guidance: float = 3.0,
+        seeds: Sequence[int] = (0,), motion: MotionInput | None = None, progress: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """DPM sampling. First frames (B, 3, H, W), text (B, L, D), null_text (1, L, D) -> (B, T, 3, H, W) in [-1, 1].
+
+        Each sample has its own seed, so its noise does not depend on its batch. The guided order is
+        [unconditional, conditional]; guidance 1 runs the conditional half alone.
+        """
+        if len(seeds) != len(image):
+            raise ValueError(f"{len(image)} images but {len(seeds)} seeds")
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        image_latents = self.encode_image(image)
+        frames = (self.frames - 1) // self.vae.config.temporal_compression_ratio + 1
+        shape = (len(image), frames, *image_latents.shape[2:])
+        latents = randn_tensor(shape, generators, self.device, torch.float32)
+        guided = guidance != 1
+        if guided:
+            text = torch.cat([null_text.expand_as(text), text])
+            image_latents = torch.cat([image_latents] * 2)
+        self.scheduler.set_timesteps(steps, device=self.device)
+        timesteps, previous = self.scheduler.timesteps, None
+        if progress:
+            from tqdm import tqdm
+
+            timesteps_shown = tqdm(timesteps, desc="denoising", leave=False)
+        else:
+            timesteps_shown = timesteps
+        with motion.use(guided) if motion else nullcontext():
+            for i, t in enumerate(timesteps_shown):
+                both = torch.cat([latents] * 2) if guided else latents
+                velocity = self.predict(both, image_latents, text, t.expand(len(both))).float()
+                if guided:
+                    without, with_ = velocity.chunk(2)
+                    velocity = without + guidance * (with_ - without)
+                latents, previous = self.scheduler.step(
+                    velocity, previous, t, timesteps[i - 1] if i else None, latents, generator=generators,
+                    return_dict=False,
+                )  # fmt: skip
+        return self.decode(latents)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, F, C, h, w) -> video (B, T, 3, H, W), clamped to [-1, 1]."""
+        latents = latents.transpose(1, 2).to(self.vae.dtype) / self.vae.config.scaling_factor
+        return self.vae.decode(latents).sample.transpose(1, 2).float().clamp(-1, 1)
