@@ -208,14 +208,14 @@ def test_several_runs(tmp_path):
 
 def test_metric_table():
     table = metric_table(CONDITIONS, {"motionrag": "ours"})
-    assert table.domains == [("known", 5), ("new", 5)]
+    assert table.domains == [("known, 20 clips", 4), ("new, 20 clips", 4)]
     assert [label for label, _ in table.rows] == ["backbone", "ours", "oracle"]
-    ours = dict(zip(table.columns[5:], table.rows[1][1][5:], strict=True))
+    ours = dict(zip(table.columns[4:], table.rows[1][1][4:], strict=True))
     assert ours["Action Score ↑"].difference == "+18.4" and ours["Action Score ↑"].verdict == "better"
     assert ours["Path error, px ↓"].difference == "−2.81" and ours["Path error, px ↓"].verdict == "better"
     assert ours["DINO score ↑"].verdict == "worse" and not ours["DINO score ↑"].best
-    assert ours["Seconds per clip"].difference == ""
-    assert [row[1][5].best for row in table.rows] == [False, False, True]
+    assert ours["s per clip"].difference == ""
+    assert [row[1][4].best for row in table.rows] == [False, False, True]
     assert table.rows[2][1][3].text == "–"  # oracle has no time
 
 

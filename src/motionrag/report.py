@@ -41,13 +41,12 @@ METRICS: dict[str, tuple[str, int, bool | None]] = {
     "motion_distance": ("Motion distance", 3, False),
     "fvd": ("FVD", 1, False),
     "fid": ("FID", 1, False),
-    "seconds_per_clip": ("Seconds per clip", 2, None),
-    "n": ("Clips", 0, None),
+    "seconds_per_clip": ("s per clip", 2, None),
 }
 LABELS = {
     "backbone": "without retrieval",
     "motionrag": "with retrieval",
-    "oracle": "with the true clip as reference",
+    "oracle": "true clip as reference",
     "random": "with random references",
     "known": "known motions",
     "new": "new motions",
@@ -93,7 +92,7 @@ class Figure:
     uri: str
     video: bool
     pixel: bool
-    detail: str = ""
+    details: tuple[str, ...] = ()
     role: str = ""
 
 
@@ -198,7 +197,8 @@ def _add_evaluation(section: Section, folder: Path, max_clips: int, max_referenc
     section.settings = {_label(key): _plain(value) for key, value in metrics.get("settings", {}).items()}
     clips = _json(folder / "clips.json")
     section.total_rows = len(clips)
-    section.rows = [_row(folder, clip, labels, max_references) for clip in _chosen(clips, max_clips)]
+    order = [domain for values in conditions.values() for domain in values]
+    section.rows = [_row(folder, clip, labels, max_references) for clip in _chosen(clips, order, max_clips)]
 
 
 def metric_table(conditions: dict[str, dict[str, dict[str, float]]], labels: dict[str, str]) -> Table:
@@ -209,7 +209,7 @@ def metric_table(conditions: dict[str, dict[str, dict[str, float]]], labels: dic
     for domain in domains:
         present = {metric for values in conditions.values() for metric in values.get(domain, {})}
         known = [metric for metric in METRICS if metric in present]
-        columns += [(domain, metric) for metric in [*known, *sorted(present - METRICS.keys())]]
+        columns += [(domain, metric) for metric in [*known, *sorted(present - METRICS.keys() - {"n"})]]
     rows = []
     for name, values in conditions.items():
         cells = []
@@ -221,8 +221,17 @@ def metric_table(conditions: dict[str, dict[str, dict[str, float]]], labels: dic
                 _cell(metric, value, None if name == first else base, [x for x in every if x is not None])
             )
         rows.append((_label(name, labels), cells))
-    counts = [(_label(domain, labels), sum(column[0] == domain for column in columns)) for domain in domains]
-    return Table(counts, [_heading(metric) for _, metric in columns], rows)
+    headings = [
+        (_label(domain, labels) + _clips(conditions, domain), sum(column[0] == domain for column in columns))
+        for domain in domains
+    ]
+    return Table(headings, [_heading(metric) for _, metric in columns], rows)
+
+
+def _clips(conditions: dict[str, dict[str, dict[str, float]]], domain: str) -> str:
+    """How many clips the numbers of a domain stand on, e.g. ``, 20 clips``."""
+    counts = sorted({values[domain]["n"] for values in conditions.values() if "n" in values.get(domain, {})})
+    return f", {' or '.join(map(str, counts))} clips" if counts else ""
 
 
 def _cell(metric: str, value: float | None, base: float | None, every: list[float]) -> Cell:
@@ -262,13 +271,14 @@ def _headlines(conditions: dict[str, dict], labels: dict[str, str]) -> Iterator[
         yield Headline(_label(domain, labels), _heading(ranked[0]), bars)
 
 
-def _chosen(clips: list[dict], limit: int) -> list[dict]:
-    """The first clips of every domain, equally many, domain after domain."""
-    by_domain: dict[str, list[dict]] = {}
+def _chosen(clips: list[dict], order: list[str], limit: int) -> list[dict]:
+    """The first clips of every domain, equally many, domains in the order of the table."""
+    by_domain: dict[str, list[dict]] = {domain: [] for domain in order}
     for clip in clips:
         by_domain.setdefault(clip.get("domain", ""), []).append(clip)
-    share = math.ceil(limit / max(len(by_domain), 1))
-    return [clip for group in by_domain.values() for clip in group[:share]][:limit]
+    groups = [group for group in by_domain.values() if group]
+    share = math.ceil(limit / max(len(groups), 1))
+    return [clip for group in groups for clip in group[:share]]
 
 
 def _row(folder: Path, clip: dict, labels: dict[str, str], max_references: int) -> Row:
@@ -279,9 +289,9 @@ def _row(folder: Path, clip: dict, labels: dict[str, str], max_references: int) 
                 folder,
                 reference["clip"],
                 label=reference.get("motion_caption") or reference.get("caption", ""),
-                detail="" if reference.get("score") is None else f"similarity {reference['score']:.2f}",
+                details=_reference_lines(rank, reference.get("score")),
             )
-            for reference in clip.get("references", [])[:max_references]
+            for rank, reference in enumerate(clip.get("references", [])[:max_references], start=1)
         ]
         outputs = [
             _figure(folder, file, _label(name, labels), _scores(scores.get(name, {})), role=name)
@@ -303,7 +313,7 @@ def _row(folder: Path, clip: dict, labels: dict[str, str], max_references: int) 
         ) from error
 
 
-def _figure(folder: Path, file: str, label: str, detail: str = "", role: str = "") -> Figure:
+def _figure(folder: Path, file: str, label: str, details: tuple[str, ...] = (), role: str = "") -> Figure:
     path = folder / file
     if not path.is_file():
         raise MotionRAGError(
@@ -315,7 +325,7 @@ def _figure(folder: Path, file: str, label: str, detail: str = "", role: str = "
         )
     kind = MEDIA[path.suffix.lower()]
     uri = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-    return Figure(label, uri, kind.startswith("video"), _width(path) <= PIXEL_WIDTH, detail, role)
+    return Figure(label, uri, kind.startswith("video"), _width(path) <= PIXEL_WIDTH, details, role)
 
 
 def _width(path: Path) -> int:
@@ -330,13 +340,17 @@ def _width(path: Path) -> int:
         raise MotionRAGError(f"{path} is no readable picture or clip: {error}") from error
 
 
-def _scores(scores: dict[str, float]) -> str:
+def _reference_lines(rank: int, score: float | None) -> tuple[str, ...]:
+    return (f"reference {rank}",) if score is None else (f"reference {rank}", f"similarity {score:.2f}")
+
+
+def _scores(scores: dict[str, float]) -> tuple[str, ...]:
     parts = []
     for metric, value in scores.items():
         heading, digits, ranked = METRICS.get(metric, (_label(metric), 2, None))
         if ranked is not None and value is not None:
             parts.append(f"{heading} {value:.{digits}f}")
-    return " · ".join(parts)
+    return tuple(parts)
 
 
 # ---------------------------------------------------------------- curves
