@@ -41,3 +41,33 @@ def motionrag(tmp_path):
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def random_encoders(tmp_path_factory) -> dict[str, str]:
+    """Folders of untrained encoders, sizes of encoders=tiny but thinner: motion (8 frames of 32 x 32 -> 64 x 24,
+    5 classes) and appearance (32 x 32 -> 17 x 24)."""
+    import torch
+    from transformers import Dinov2Config, Dinov2Model, VideoMAEConfig, VideoMAEForVideoClassification
+
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    models = {
+        "motion": VideoMAEForVideoClassification(
+            VideoMAEConfig(
+                **sizes,
+                num_frames=8,
+                num_attention_heads=2,
+                intermediate_size=32,
+                num_labels=5,
+                initializer_range=0.3,
+            )
+        ),
+        "appearance": Dinov2Model(
+            Dinov2Config(**sizes, num_attention_heads=2, mlp_ratio=2, initializer_range=0.3)
+        ),
+    }
+    folder = tmp_path_factory.mktemp("encoders")
+    for role, model in models.items():
+        model.save_pretrained(folder / f"{role}-random")
+    return {role: str(folder / f"{role}-random") for role in models}
