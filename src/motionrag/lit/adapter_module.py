@@ -87,6 +87,10 @@ class AdapterModule(L.LightningModule):
         """The frozen motion encoder."""
         return self._frozen[1]
 
+    def clip_options(self) -> dict[str, int]:
+        """Length and size of the clips that the backbone takes."""
+        return {name: getattr(self.backbone, name) for name in ("frames", "height", "width")}
+
     # --- motion tokens -----------------------------------------------------------------------------------------
 
     def motion_features(self, batch: MotionBatch) -> Tensor:

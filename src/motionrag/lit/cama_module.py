@@ -57,6 +57,17 @@ class CAMAModule(L.LightningModule):
         """The frozen motion Resampler."""
         return self._frozen[0]
 
+    def clip_options(self) -> dict[str, int]:
+        """Nothing: features have their size already."""
+        return {}
+
+    def feature_widths(self) -> dict[str, int]:
+        """Width that motion and appearance features must have."""
+        return {
+            "motion": self.resampler.embedding_dim,
+            "appearance": self.cama.appearance_resampler.embedding_dim,
+        }
+
     @torch.no_grad()
     def motion_tokens(self, features: Tensor) -> Tensor:
         """Features (..., N, D) -> motion tokens (..., l, d)."""

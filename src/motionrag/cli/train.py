@@ -1,0 +1,158 @@
+"""``motionrag train``: Stage 1 (motion adapter) or Stage 2 (CAMA)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    import lightning as L
+    from lightning.pytorch.loggers import WandbLogger
+
+    from motionrag.retrieval.database import RetrievalDatabase
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Train, write the trained weights and the last metrics; see ``conf/train.yaml`` for the keys."""
+    import logging
+
+    import lightning as L
+    import transformers
+    from hydra.utils import instantiate
+
+    from motionrag.checkpoint import count_parameters, save_weights, trainable_state
+    from motionrag.errors import MotionRAGError
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware lists and advertisements
+    transformers.utils.logging.disable_progress_bar()
+    run_dir = Path(cfg.run_dir)
+    if cfg.ckpt_path not in (None, "last") and not Path(cfg.ckpt_path).is_file():
+        raise MotionRAGError(
+            f"ckpt_path={cfg.ckpt_path}: no such checkpoint; give a .ckpt file, or last with hydra.run.dir=RUN"
+        )
+    if cfg.make is not None:
+        instantiate(cfg.make)
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    module = instantiate(cfg.module)
+    clips = instantiate(cfg.clips, **module.clip_options())
+    about = _about(cfg, module, clips.db)
+    data = instantiate(cfg.data, clips=clips)
+    trainer = instantiate(
+        cfg.trainer,
+        callbacks=[instantiate(callback) for callback in cfg.callbacks.values()],
+        logger=[instantiate(logger) for logger in cfg.logger.values()],
+        default_root_dir=str(run_dir),
+    )
+    trainable = count_parameters(module.parameters())
+    print(
+        f"{cfg.name}: {trainable:,} trainable parameters, {len(data.train_part)} training and "
+        f"{len(data.val_part)} validation clips"
+    )
+    trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
+
+    metrics = {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
+    about |= {"steps": trainer.global_step, "metrics": metrics}
+    weights = run_dir / "weights" / f"{cfg.stage_name}.safetensors"
+    if trainer.is_global_zero:
+        save_weights(weights, trainable_state(module), about)
+    losses = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("train/loss", "val/loss") if name in metrics)
+    return {
+        "summary": f"{trainer.global_step} steps, {losses} -> {weights}",
+        "weights": str(weights),
+        "trainable_parameters": trainable,
+        "clips": {"train": len(data.train_part), "val": len(data.val_part)},
+        **about,
+    }
+
+
+def _about(cfg: DictConfig, module: L.LightningModule, db: RetrievalDatabase | None) -> dict[str, Any]:
+    """What the weights' manifest will say; raises MotionRAGError when the database was made by other encoders."""
+    from motionrag.checkpoint import read_weights
+    from motionrag.errors import MotionRAGError
+
+    about: dict[str, Any] = {"stage": cfg.stage_name, "experiment": cfg.name, "seed": cfg.seed}
+    about["sizes"] = {
+        part: OmegaConf.to_container(cfg[part], resolve=True)
+        for part in ("resampler", "cama")
+        if part in cfg.module
+    }
+    if cfg.stage_name == "adapter":
+        about["backbone"] = module.backbone.name
+        about["encoders"] = {"motion": dict(module.motion_encoder.identity)}
+        if db is not None:
+            db.check_encoders({"motion": module.motion_encoder})
+        return about
+    about["encoders"] = {role: db.manifest["encoders"][role] for role in ("motion", "appearance")}
+    _, stage1 = read_weights(cfg.resampler_weights)
+    about["resampler"] = stage1.get("sha256")
+    trained_with = stage1.get("about", {}).get("encoders", {}).get("motion")
+    if trained_with and trained_with["weights"] != about["encoders"]["motion"]["weights"]:
+        raise MotionRAGError(
+            f"{cfg.resampler_weights} was trained on motion features of {trained_with['name']}, the database "
+            f"{db.path} holds those of {about['encoders']['motion']['name']}: choose the database of that training"
+        )
+    for role, expected in module.feature_widths().items():
+        found = about["encoders"][role]["width"]
+        if found != expected:
+            raise MotionRAGError(
+                f"database {db.path} holds {role} features of width {found}, this configuration expects {expected}: "
+                "choose resampler=/cama= of the right size, or another database"
+            )
+    return about
+
+
+def wandb_logger(**options: Any) -> WandbLogger:
+    """A W&B logger that needs no login: online only for users who are logged in; WANDB_MODE has the last word."""
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    os.environ["WANDB_MODE"] = mode
+    return WandbLogger(offline=mode == "offline", **options)
+
+
+def make_motionworld(
+    out: str, clips: int, seed: int, domains: Mapping[str, float], encoders: DictConfig, **options: Any
+) -> None:
+    """Render MotionWorld clips and make shards and database of them under `out`, unless they are there already.
+
+    Everything is built beside `out` and renamed at the end. Raises MotionRAGError if `out` holds other clips.
+    """
+    from hydra.utils import instantiate
+
+    from motionrag.cli.encode import encode
+    from motionrag.data.motionworld import make_dataset
+    from motionrag.data.shards import ShardIndex, pack
+    from motionrag.errors import MotionRAGError
+    from motionrag.io import read_json, write_json
+    from motionrag.retrieval.database import build
+
+    folder = Path(out)
+    recipe = {"clips": clips, "seed": seed, "domains": dict(domains), **options}
+    if (folder / "recipe.json").is_file():
+        if read_json(folder / "recipe.json") != recipe:
+            raise MotionRAGError(
+                f"{folder} holds clips of another recipe ({read_json(folder / 'recipe.json')}): remove it or "
+                "choose another make.out"
+            )
+        return
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        table = make_dataset(partial, clips, seed, dict(domains), **options)
+        pack(table, partial / "videos", partial / "shards")
+        made = instantiate(encoders, _convert_="all")
+        encode(ShardIndex.open(partial / "shards"), partial / "db", made, batch_size=32, max_bad=0.0)
+        build(partial / "db")
+        write_json(partial / "recipe.json", recipe)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not (folder / "recipe.json").is_file():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
