@@ -260,7 +260,7 @@ def _probe(row: dict[str, Any], videos: Path, keep_still: bool, few_frames: int)
         raise UnreadableVideo(name, "no motion: all frames are the same picture (keep_still=true keeps it)")
     notes = [clip.note] if clip.note else []
     if clip.decoded < few_frames:
-        notes.append(f"only {clip.decoded} frames")
+        notes.append(f"only {clip.decoded} frame{'s' * (clip.decoded > 1)}")
     record = ClipRecord(
         **{column: row[column] for column in ("id", "caption", "motion_caption", "source", "action")},
         **span,

@@ -1,0 +1,236 @@
+"""Packing: what goes into the shards, what is left out, and errors that name the cause."""
+
+import json
+import tarfile
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from motionrag.data.shards import ClipRecord, ShardIndex, pack, read_shard, read_table
+from motionrag.data.video import write_mp4
+from motionrag.errors import MotionRAGError
+
+
+def moving_square(step=2, frames=9, side=32):
+    clip = np.full((frames, side, side, 3), 40, np.uint8)
+    for t in range(frames):
+        clip[t, 8:16, (step * t) % 24 : (step * t) % 24 + 8] = 220
+    return clip
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """A folder with five good clips, a black one, a still one and a file that is no video."""
+    folder = tmp_path_factory.mktemp("videos")
+    for i in range(5):
+        write_mp4(folder / f"clip{i}.mp4", moving_square(i + 1), 8)
+    write_mp4(folder / "black.mp4", np.zeros((9, 32, 32, 3), np.uint8), 8)
+    write_mp4(folder / "one.mp4", moving_square(frames=1), 8)
+    (folder / "words.mp4").write_text("no pictures here " * 20)
+    return folder
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Write rows (dicts) to clips.csv, captions filled in."""
+
+    def write(rows, name="clips.csv"):
+        rows = [{"caption": "a square moves", "motion_caption": "moves right", **row} for row in rows]
+        pd.DataFrame(rows).to_csv(tmp_path / name, index=False)
+        return tmp_path / name
+
+    return write
+
+
+def good(count=5, **more):
+    return [{"video": f"clip{i}.mp4", **more} for i in range(count)]
+
+
+def test_clips_come_back_as_they_went_in(videos, table, tmp_path):
+    rows = [dict(row, action="slide", seed=i, place="NA") for i, row in enumerate(good())]
+    index = pack(table(rows), videos, tmp_path / "out", shard_size=2)
+    assert [shard["clips"] for shard in index["shards"]] == [2, 2, 1]
+    shards = ShardIndex.open(tmp_path / "out")
+    assert len(shards) == 5
+    found = [item for shard in shards.shards for item in read_shard(shards.verify(shard))]
+    for i, (record, data) in enumerate(found):
+        assert data == (videos / f"clip{i}.mp4").read_bytes()
+        assert record == ClipRecord(
+            id=f"clip{i}",
+            video=f"clip{i}.mp4",
+            caption="a square moves",
+            motion_caption="moves right",
+            source=f"clip{i}.mp4",
+            fps=8.0,
+            frames=9,
+            width=32,
+            height=32,
+            duration=1.125,
+            action="slide",
+            metadata={"seed": i, "place": "NA"},
+        )
+    assert [record.id for record in shards.records()] == [record.id for record, _ in found]
+    assert index["columns"]["metadata"] == ["seed", "place"]
+
+
+def test_same_input_same_bytes(videos, table, tmp_path):
+    path = table(good())
+    for name in "ab":
+        pack(path, videos, tmp_path / name, shard_size=3)
+    for file in sorted((tmp_path / "a").iterdir()):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_parquet_and_renamed_columns(videos, tmp_path):
+    frame = pd.DataFrame(
+        {"file": ["clip0.mp4"], "text": ["t"], "move": ["m"], "name": ["seven"], "end_sec": [0.5]}
+    )
+    frame.to_parquet(tmp_path / "clips.parquet")
+    names = {"video": "file", "caption": "text", "motion_caption": "move", "id": "name"}
+    pack(tmp_path / "clips.parquet", videos, tmp_path / "out", columns=names)
+    [record] = ShardIndex.open(tmp_path / "out").records()
+    assert (record.id, record.caption, record.motion_caption, record.frames) == ("seven", "t", "m", 4)
+
+
+def test_text_stays_text(table):
+    rows, _ = read_table(table([{"video": "007.mp4", "id": "007", "action": "1e5", "caption": "None"}]), {})
+    assert (rows[0]["id"], rows[0]["action"], rows[0]["caption"]) == ("007", "1e5", "None")
+
+
+def test_any_id_makes_a_member(videos, table, tmp_path):
+    ids = ["a.b.c", "a/b", "a%2Eb", "ü ñ", "x" * 180]
+    rows = [dict(row, id=name) for row, name in zip(good(), ids, strict=True)]
+    pack(table(rows), videos, tmp_path / "out")
+    [file] = ShardIndex.open(tmp_path / "out").files
+    assert [record.id for record, _ in read_shard(file)] == ids
+    with tarfile.open(file) as tar:
+        assert all(name.count(".") == 1 and "/" not in name for name in tar.getnames())
+
+
+def test_unusable_clips_are_left_out_by_name(videos, table, tmp_path):
+    bad = ["black.mp4", "one.mp4", "words.mp4", "nowhere.mp4"]
+    rows = (
+        good()
+        + [{"video": name} for name in bad]
+        + [{"video": "clip0.mp4", "id": "x", "motion_caption": " "}]
+    )
+    rows += [{"video": "clip1.mp4", "id": "y", "start_sec": 9}]
+    index = pack(table(rows), videos, tmp_path / "out", max_bad=0.6)
+    assert index["clips"] == 5
+    reasons = [item["reason"] for item in index["skipped"]]
+    assert [item["video"] for item in index["skipped"]] == [*bad, "clip0.mp4", "clip1.mp4"]
+    expected = [
+        "no motion",
+        "one frame only",
+        "not a readable video",
+        "missing file",
+        "no motion_caption",
+        "no frames between",
+    ]
+    for reason, start in zip(reasons, expected, strict=True):
+        assert reason.startswith(start)
+    assert [record.id for record in ShardIndex.open(tmp_path / "out").records()] == [
+        f"clip{i}" for i in range(5)
+    ]
+
+
+def test_still_clips_on_request(videos, table, tmp_path):
+    index = pack(
+        table([{"video": "black.mp4"}, {"video": "one.mp4"}]), videos, tmp_path / "out", keep_still=True
+    )
+    assert index["clips"] == 2
+    assert index["noted"] == [{"id": "one", "video": "one.mp4", "note": "only 1 frame"}]
+
+
+def test_too_many_bad_rows_stop_the_run_and_leave_nothing(videos, table, tmp_path):
+    path = table(good(2) + [{"video": "words.mp4"}, {"video": "black.mp4"}, {"video": "clip3.mp4"}])
+    with pytest.raises(
+        MotionRAGError, match=r"clips.csv: 1 of the first 3 rows \(5 in all\).*max_bad=0.1.*words.mp4"
+    ):
+        pack(path, videos, tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["clips.csv"]
+    assert pack(path, videos, tmp_path / "out", max_bad=0.4)["clips"] == 3
+
+
+def test_nothing_usable_is_an_error(videos, table, tmp_path):
+    with pytest.raises(MotionRAGError, match=r"no usable clip; black.mp4 \(no motion"):
+        pack(table([{"video": "black.mp4"}]), videos, tmp_path / "out", max_bad=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "message"),
+    [
+        (
+            "video,caption\na.mp4,x\n",
+            {},
+            r"no column 'motion_caption' for motion_caption; it has video, caption; .*columns.motion_caption=NAME",
+        ),
+        ("video,caption,motion_caption\na.mp4,x,y\n", {"id": "key"}, r"no column 'key' for id"),
+        ("video,caption,motion_caption\n", {}, "the table has no rows"),
+        ("", {}, "not a readable CSV"),
+        (
+            "video,caption,motion_caption\na/x.mp4,x,y\nb/x.mp4,x,y\n",
+            {},
+            r"rows 0 and 1 have the same id 'x'",
+        ),
+    ],
+    ids=["missing", "renamed", "no rows", "empty", "double"],
+)
+def test_bad_tables(tmp_path, text, columns, message):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(MotionRAGError, match=message):
+        read_table(tmp_path / "t.csv", columns)
+
+
+def test_missing_table_and_folder(videos, table, tmp_path):
+    with pytest.raises(MotionRAGError, match=r"nope.csv: no such file"):
+        pack(tmp_path / "nope.csv", videos, tmp_path / "out")
+    with pytest.raises(MotionRAGError, match=r"no such folder"):
+        pack(table(good()), tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_what_is_there_is_not_overwritten_unasked(videos, table, tmp_path):
+    path, out = table(good()), tmp_path / "out"
+    pack(path, videos, out)
+    with pytest.raises(MotionRAGError, match="overwrite=true"):
+        pack(path, videos, out)
+    assert pack(path, videos, out, shard_size=2, overwrite=True)["shard_size"] == 2
+    assert len(list(out.glob("*.tar"))) == 3
+    (out / "thesis.txt").write_text("not a shard")
+    with pytest.raises(MotionRAGError, match="not a folder of shards"):
+        pack(path, videos, out, overwrite=True)
+    assert (out / "thesis.txt").exists()
+
+
+def test_damaged_shards_are_named(videos, table, tmp_path):
+    pack(table(good()), videos, tmp_path / "out")
+    shards = ShardIndex.open(tmp_path / "out")
+    [file] = shards.files
+    data = file.read_bytes()
+    file.write_bytes(data[:1000] + bytes([data[1000] ^ 255]) + data[1001:])
+    with pytest.raises(MotionRAGError, match=r"clips-000000.tar is damaged: its checksum"):
+        shards.verify(shards.shards[0])
+    file.write_bytes(data[:900])
+    with pytest.raises(MotionRAGError, match=r"has 900 bytes"):
+        shards.verify(shards.shards[0])
+    with pytest.raises(MotionRAGError, match=r"clips-000000.tar cannot be read"):
+        list(read_shard(file))
+    with tarfile.open(file, "w"):
+        pass
+    with pytest.raises(MotionRAGError, match=r"holds no clip"):
+        list(read_shard(file))
+    file.unlink()
+    with pytest.raises(MotionRAGError, match="missing"):
+        shards.verify(shards.shards[0])
+
+
+def test_other_folders_are_no_shards(tmp_path):
+    with pytest.raises(MotionRAGError, match="expected a folder written by motionrag pack"):
+        ShardIndex.open(tmp_path)
+    (tmp_path / "index.json").write_text(json.dumps({"schema": "other"}))
+    with pytest.raises(MotionRAGError, match="expected schema"):
+        ShardIndex.open(tmp_path)
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(MotionRAGError, match="damaged"):
+        ShardIndex.open(tmp_path)

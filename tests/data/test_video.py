@@ -1,0 +1,259 @@
+"""Reading and writing clips: the right frames, upright, from whole and from broken files."""
+
+import io
+import pickle
+import wave
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from motionrag.data.video import UnreadableVideo, read_clip, write_mp4
+from motionrag.encoders import uniform_indices
+
+GREYS = np.arange(20) * 12  # the frame's number can be read off its grey value
+FPS = 10
+
+
+def grey_frames(height=48, width=64):
+    return np.tile(GREYS.astype(np.uint8)[:, None, None, None], (1, height, width, 3))
+
+
+def numbers(clip):
+    """Which frames a clip made of grey frames holds."""
+    return np.round(clip.frames.mean((1, 2, 3)) / 12).astype(int).tolist()
+
+
+@pytest.fixture(scope="module")
+def grey_mp4(tmp_path_factory):
+    return write_mp4(tmp_path_factory.mktemp("video") / "grey.mp4", grey_frames(), FPS)
+
+
+def write_with_stamps(path, frames, stamps, **options):
+    """An mp4 whose frames are shown at ``stamps`` (of 1/1000 s)."""
+    with av.open(str(path), "w", **options) as box:
+        stream = box.add_stream("libx264", rate=25)
+        stream.codec_context.time_base = Fraction(1, 1000)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for picture, stamp in zip(frames, stamps, strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = stamp, Fraction(1, 1000)
+            box.mux(stream.encode(frame))
+        box.mux(stream.encode())
+    return path
+
+
+# ---------------------------------------------------------------- which frames
+
+
+@given(total=st.integers(1, 5000), count=st.integers(1, 64))
+def test_uniform_indices_reach_from_first_to_last_in_even_steps(total, count):
+    chosen = uniform_indices(total, count)
+    assert len(chosen) == count
+    assert chosen[0] == 0
+    assert all(0 <= i < total for i in chosen)
+    if count > 1:
+        assert chosen[-1] == total - 1
+        steps = np.diff(chosen)
+        assert steps.min() >= 0
+        assert steps.max() - steps.min() <= 2
+
+
+def test_uniform_indices_round_halves_to_even():
+    assert uniform_indices(8, 16) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7]
+    assert uniform_indices(2, 3) == [0, 0, 1]  # 0.5 -> 0
+    assert uniform_indices(4, 3) == [0, 2, 3]  # 1.5 -> 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    start=st.none() | st.integers(0, 15),
+    length=st.none() | st.integers(1, 20),
+    frames=st.none() | st.integers(1, 30),
+)
+def test_a_span_gives_its_frames(grey_mp4, start, length, frames):
+    end = None if length is None else (start or 0) + length
+    clip = read_clip(
+        grey_mp4, None if start is None else start / FPS, None if end is None else end / FPS, frames=frames
+    )
+    span = list(range(20))[slice(start, end)]
+    chosen = span if frames is None else [span[i] for i in uniform_indices(len(span), frames)]
+    assert numbers(clip) == chosen
+    assert clip.decoded == len(span)
+    assert clip.note == ""
+    if len(span) > 1:
+        assert clip.fps == pytest.approx(FPS)
+        assert clip.duration == pytest.approx(len(span) / FPS)
+
+
+@settings(max_examples=40, deadline=None)
+@given(fps=st.floats(1, 30), frames=st.none() | st.integers(1, 40))
+def test_a_rate_gives_the_frames_nearest_in_time(grey_mp4, fps, frames):
+    clip = read_clip(grey_mp4, frames=frames, fps=fps)
+    assert len(clip.frames) == (frames or round(20 / FPS * fps))
+    moments = np.arange(len(clip.frames)) / fps * FPS
+    for number, moment in zip(numbers(clip), moments, strict=True):
+        assert abs(number - min(moment, 19)) <= 0.5 + 1e-6
+    missing = max(0, len(clip.frames) - round(20 / FPS * fps))
+    assert clip.note == (
+        f"{missing} of {frames} frames repeat the last one: the clip is too short" if missing else ""
+    )
+
+
+def test_uneven_time_stamps_count_not_frame_numbers(tmp_path):
+    stamps = [0, 40, 80, 120, 1000, 1040, 1080, 2000]
+    path = write_with_stamps(tmp_path / "uneven.mp4", grey_frames()[:8], stamps)
+    clip = read_clip(path, fps=1)
+    assert numbers(clip) == [0, 4]
+    assert clip.fps == pytest.approx(7 / 2)  # measured, not the stated 25
+    assert numbers(read_clip(path, start_sec=0.9, end_sec=1.06)) == [4, 5]
+
+
+def test_the_first_time_stamp_need_not_be_zero(tmp_path):
+    path = write_with_stamps(tmp_path / "late.mp4", grey_frames()[:6], [5000 + 100 * i for i in range(6)])
+    assert numbers(read_clip(path, end_sec=0.3)) == [0, 1, 2]
+
+
+def test_bytes_read_as_a_file_does(grey_mp4):
+    of_file, of_bytes = read_clip(grey_mp4, frames=5), read_clip(grey_mp4.read_bytes(), frames=5)
+    np.testing.assert_array_equal(of_file.frames, of_bytes.frames)
+    assert of_file.fps == of_bytes.fps
+
+
+def test_an_empty_span_is_an_error(grey_mp4):
+    with pytest.raises(UnreadableVideo, match=r"grey.mp4: no frames between 7 and the end s; .* 1\.90 s"):
+        read_clip(grey_mp4, start_sec=7)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_mp4_round_trip_keeps_the_picture(tmp_path):
+    y, x = np.mgrid[:48, :64]
+    frames = np.stack([np.stack([x * 3 + i, y * 4, 0 * x + 99], -1) for i in range(6)]).astype(np.uint8)
+    clip = read_clip(write_mp4(tmp_path / "a.mp4", frames, 8))
+    assert clip.frames.dtype == np.uint8
+    assert clip.frames.shape == frames.shape
+    assert clip.fps == pytest.approx(8)
+    assert np.abs(clip.frames.astype(int) - frames).mean() < 3
+
+
+def test_same_frames_same_bytes(tmp_path):
+    a, b = (write_mp4(tmp_path / f"{name}.mp4", grey_frames(), 8).read_bytes() for name in "ab")
+    assert a == b
+
+
+def test_odd_sides_are_padded(tmp_path):
+    clip = read_clip(write_mp4(tmp_path / "odd.mp4", grey_frames(47, 63), FPS))
+    assert clip.frames.shape == (20, 48, 64, 3)
+    assert numbers(clip) == list(range(20))
+
+
+@pytest.mark.parametrize(
+    "frames", [np.zeros((2, 8, 8, 3)), np.zeros((0, 8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8)]
+)
+def test_write_refuses_other_arrays(tmp_path, frames):
+    with pytest.raises(ValueError, match="expected uint8 frames"):
+        write_mp4(tmp_path / "x.mp4", frames, 8)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((48, 64), (24, 32)), ((64, 48), (32, 24)), ((48, 48), (24, 24))]
+)
+def test_short_side(tmp_path, size, expected):
+    path = write_mp4(tmp_path / "a.mp4", grey_frames(*size), FPS)
+    clip = read_clip(path, frames=2, short_side=24)
+    assert clip.frames.shape == (2, *expected, 3)
+    assert (clip.height, clip.width) == size
+
+
+def test_rotation_is_applied(tmp_path):
+    frames = np.zeros((3, 32, 64, 3), np.uint8)
+    frames[:, :16, :32] = 255  # white in the upper left as stored
+    data = bytearray(write_mp4(tmp_path / "a.mp4", frames, 8).read_bytes())
+    # The track header's display matrix, 44 bytes after its name: a quarter turn clockwise.
+    matrix = np.array([0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30], ">i4").tobytes()
+    at = data.index(b"tkhd") + 44
+    data[at : at + 36] = matrix
+    clip = read_clip(bytes(data), short_side=32)
+    assert clip.frames.shape == (3, 64, 32, 3)
+    assert (clip.height, clip.width) == (64, 32)
+    assert clip.frames[0, :32, 16:].mean() > 240  # upper right when upright
+    assert clip.frames[0, 32:].mean() < 15
+
+
+def test_the_picture_is_found_behind_a_sound_stream(tmp_path):
+    path = tmp_path / "sound_first.mkv"
+    with av.open(str(path), "w") as box:
+        sound = box.add_stream("pcm_s16le", rate=8000, layout="mono")
+        picture = box.add_stream("libx264", rate=FPS)
+        picture.height, picture.width, picture.pix_fmt = 48, 64, "yuv420p"
+        noise = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
+        noise.rate = 8000
+        box.mux(sound.encode(noise))
+        for frame in grey_frames():
+            box.mux(picture.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        box.mux(picture.encode())
+    assert numbers(read_clip(path)) == list(range(20))
+
+
+# ---------------------------------------------------------------- broken files
+
+
+def test_a_cut_file_gives_what_is_there_and_a_note(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (30, 64, 64, 3), dtype=np.uint8)
+    data = write_mp4(tmp_path / "a.mp4", noise, FPS).read_bytes()
+    clip = read_clip(data[: len(data) * 2 // 3], frames=8)
+    assert 5 < clip.decoded < 30
+    assert clip.note == f"stops after {clip.decoded} of 30 frames: damaged data"
+    assert len(clip.frames) == 8
+
+
+def sound_only():
+    data = io.BytesIO()
+    with wave.open(data, "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(b"\0\0" * 8000)
+    return data.getvalue()
+
+
+def picture(kind):
+    data = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(data, kind)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", r"empty file \(0 bytes\)"),
+        (b"these are words, not pictures\n" * 40, "not a readable video"),
+        (sound_only(), "sound only, no video stream"),
+        (picture("PNG"), "a still picture, not a video"),
+        (picture("JPEG"), "a still picture, not a video"),
+    ],
+    ids=["empty", "text", "sound", "png", "jpeg"],
+)
+def test_unreadable_data_says_why(tmp_path, data, reason):
+    (tmp_path / "x.mp4").write_bytes(data)
+    for source in (tmp_path / "x.mp4", data):
+        with pytest.raises(UnreadableVideo, match=reason) as error:
+            read_clip(source)
+        assert "\n" not in str(error.value)
+
+
+def test_missing_files_and_folders_say_so(tmp_path):
+    with pytest.raises(UnreadableVideo, match=r"nope.mp4: missing file"):
+        read_clip(tmp_path / "nope.mp4")
+    with pytest.raises(UnreadableVideo, match="not a file"):
+        read_clip(tmp_path)
+
+
+def test_the_error_survives_a_process_border():
+    error = pickle.loads(pickle.dumps(UnreadableVideo("a.mp4", "missing file")))
+    assert str(error) == "a.mp4: missing file"
