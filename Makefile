@@ -20,11 +20,12 @@ venv: $(STAMP) ## create .venv and install everything (other targets do it by th
 
 # torch goes first and alone: the rest then builds on the wheel that fits this machine instead of choosing one.
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed; run make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed; run make PYTHON=python3.11 ...")'
+	@echo "Setting up $(VENV) ($(EXTRA)): a few minutes the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRA),dev]'
-	touch $@
+	@touch $@
 
 demo: venv ## the whole pipeline on synthetic clips; leaves outputs/demo/report.html
 	$(BIN)/motionrag demo
