@@ -32,7 +32,7 @@ def app(tmp_path, monkeypatch):
     (conf / "hydra" / "default.yaml").write_text(shipped.read_text())
     (conf / "retrieve.yaml").write_text(
         "# find things\ndefaults: [{hydra: default}, {size: small}, _self_]\n"
-        "prompt: ???\ndb: null\nk: 9\nseed: 3\nnested: {rate: 1}\n"
+        "prompt: ???\nagain: {text: '${prompt}'}\ndb: null\nk: 9\nseed: 3\nnested: {rate: 1}\n"
     )
     (conf / "size" / "small.yaml").write_text("width: 1\n")
     (conf / "size" / "large.yaml").write_text("width: 2\n")
@@ -239,6 +239,22 @@ def test_provenance_is_there_while_the_run_works(app, tmp_path):
         return {"summary": "ok"}
 
     assert app("x", "hydra.run.dir=here", run=run) == 0
+
+
+def test_further_processes_can_be_started_with_the_same_line(app):
+    lines = []
+
+    def run(cfg):
+        lines.append(sys.argv[1:])
+        return {"summary": "ok"}
+
+    before = list(sys.argv)
+    assert app("a, b", "k=2", run=run) == 0
+    (line,) = lines
+    assert sys.argv == before
+    # what Lightning adds lands behind the overrides and means the same again
+    assert cli.main([*line, "hydra.run.dir=again"]) == 0
+    assert lines[1] == [*line, "hydra.run.dir=again"]
 
 
 def test_default_run_folder(app, tmp_path):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from motionrag import cli
 
@@ -39,7 +38,7 @@ def test_command(words):
     overrides = [word for word in cli.overrides_from_words(verb, typed) if not word.startswith("-")]
     with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf_dir())):
         cfg = compose(verb, overrides=overrides)
-    assert not OmegaConf.missing_keys(cfg), "the command leaves required keys unset"
+    assert not cli.missing_keys(cfg), "the command leaves required keys unset"
 
 
 def test_every_verb_is_in_the_table():

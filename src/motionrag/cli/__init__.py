@@ -251,6 +251,8 @@ def _launch(verb: str, words: list[str]) -> int:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
+        # Lightning starts further processes with this line; Hydra needed it without the verb.
+        sys.argv = [before[0], verb, *overrides]
         try:
             return _run_verb(verb, cfg, typed)
         except Exception as error:
@@ -283,13 +285,11 @@ def _run_verb(verb: str, cfg: DictConfig, typed: list[str]) -> float | None:
     from importlib import import_module
 
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
 
     from motionrag import provenance
     from motionrag.io import write_json
 
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
+    if missing := missing_keys(cfg):
         given = " ".join(f"{key}=..." for key in missing)
         raise MotionRAGError(
             f"{verb} needs {given}: motionrag {verb} {VERBS[verb].usage} (--help says what each key means)"
@@ -303,6 +303,22 @@ def _run_verb(verb: str, cfg: DictConfig, typed: list[str]) -> float | None:
         write_json(run_dir / "results.json", results)
         print(f"{verb}: {results['summary']} [{_short(run_dir / 'results.json')}]")
     return results.get("objective")
+
+
+def missing_keys(cfg: DictConfig) -> list[str]:
+    """Keys whose own value is ``???``; those that merely refer to such a key are not the user's to fill."""
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.to_container(cfg, resolve=False)
+
+    def walk(node: Any, prefix: str) -> list[str]:
+        items = list(
+            node.items() if isinstance(node, dict) else enumerate(node if isinstance(node, list) else [])
+        )
+        found = [f"{prefix}{key}" for key, value in items if value == "???"]
+        return found + [key for name, value in items for key in walk(value, f"{prefix}{name}.")]
+
+    return walk(tree, "")
 
 
 def _short(path: Path) -> str:
