@@ -309,16 +309,16 @@ def missing_keys(cfg: DictConfig) -> list[str]:
     """Keys whose own value is ``???``; those that merely refer to such a key are not the user's to fill."""
     from omegaconf import OmegaConf
 
-    tree = OmegaConf.to_container(cfg, resolve=False)
+    def walk(node: dict, prefix: str) -> list[str]:
+        found = []
+        for key, value in node.items():
+            if value == "???":
+                found.append(f"{prefix}{key}")
+            elif isinstance(value, dict):
+                found += walk(value, f"{prefix}{key}.")
+        return found
 
-    def walk(node: Any, prefix: str) -> list[str]:
-        items = list(
-            node.items() if isinstance(node, dict) else enumerate(node if isinstance(node, list) else [])
-        )
-        found = [f"{prefix}{key}" for key, value in items if value == "???"]
-        return found + [key for name, value in items for key in walk(value, f"{prefix}{name}.")]
-
-    return walk(tree, "")
+    return walk(OmegaConf.to_container(cfg, resolve=False), "")
 
 
 def _short(path: Path) -> str:
