@@ -25,8 +25,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     import transformers
     from hydra.utils import instantiate
 
-    from motionrag.checkpoint import count_parameters, save_weights, trainable_state
+    from motionrag.checkpoint import count_parameters, read_weights
     from motionrag.errors import MotionRAGError
+    from motionrag.lit.callbacks import SaveWeights
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware lists and advertisements
     transformers.utils.logging.disable_progress_bar()
@@ -42,9 +43,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     clips = instantiate(cfg.clips, **module.clip_options())
     about = _about(cfg, module, clips.db)
     data = instantiate(cfg.data, clips=clips)
+    weights = run_dir / "weights" / f"{cfg.stage_name}.safetensors"
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
     trainer = instantiate(
         cfg.trainer,
-        callbacks=[instantiate(callback) for callback in cfg.callbacks.values()],
+        callbacks=[*callbacks, SaveWeights(weights, about)],
         logger=[instantiate(logger) for logger in cfg.logger.values()],
         default_root_dir=str(run_dir),
     )
@@ -55,14 +58,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     )
     trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
 
-    metrics = {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
-    about |= {"steps": trainer.global_step, "metrics": metrics}
-    weights = run_dir / "weights" / f"{cfg.stage_name}.safetensors"
-    if trainer.is_global_zero:
-        save_weights(weights, trainable_state(module), about)
-    losses = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("train/loss", "val/loss") if name in metrics)
+    about = read_weights(weights)[1]["about"]  # written where the training ran, which may be a forked process
+    metrics = about["metrics"]
+    losses = ", ".join(
+        f"{name} {metrics[name]:.4f}" for name in ("train/loss", "val/loss") if name in metrics
+    )
     return {
-        "summary": f"{trainer.global_step} steps, {losses} -> {weights}",
+        "summary": f"{about['steps']} steps, {losses} -> {weights}",
         "weights": str(weights),
         "trainable_parameters": trainable,
         "clips": {"train": len(data.train_part), "val": len(data.val_part)},
@@ -88,8 +90,8 @@ def _about(cfg: DictConfig, module: L.LightningModule, db: RetrievalDatabase | N
             db.check_encoders({"motion": module.motion_encoder})
         return about
     about["encoders"] = {role: db.manifest["encoders"][role] for role in ("motion", "appearance")}
-    _, stage1 = read_weights(cfg.resampler_weights)
-    about["resampler"] = stage1.get("sha256")
+    stage1 = read_weights(cfg.resampler_weights)[1] if cfg.resampler_weights else {}
+    about["resampler_weights"] = stage1.get("sha256")
     trained_with = stage1.get("about", {}).get("encoders", {}).get("motion")
     if trained_with and trained_with["weights"] != about["encoders"]["motion"]["weights"]:
         raise MotionRAGError(

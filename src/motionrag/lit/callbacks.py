@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from PIL import Image
 
+from motionrag.checkpoint import save_weights, trainable_state
 from motionrag.data.batch import MotionBatch
 from motionrag.errors import MotionRAGError
 
@@ -43,6 +44,19 @@ class SkippedClips(L.Callback):
             )
         if self.reasons:
             module.log("data/skipped", float(len(self.reasons)))
+
+
+class SaveWeights(L.Callback):
+    """Writes the trained weights when training ends; `about` goes into their manifest with steps and metrics."""
+
+    def __init__(self, path: str | Path, about: dict[str, Any]) -> None:
+        self.path, self.about = Path(path), about
+
+    @rank_zero_only
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        metrics = {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
+        about = self.about | {"steps": trainer.global_step, "metrics": metrics}
+        save_weights(self.path, trainable_state(module), about)
 
 
 class Throughput(L.Callback):
