@@ -98,6 +98,12 @@ def test_text_stays_text(table):
     assert (rows[0]["id"], rows[0]["action"], rows[0]["caption"]) == ("007", "1e5", "None")
 
 
+def test_absolute_paths_are_read_but_not_recorded(videos, table, tmp_path):
+    pack(table([{"video": str(videos / "clip0.mp4")}]), videos, tmp_path / "out")
+    [record] = ShardIndex.open(tmp_path / "out").records()
+    assert (record.id, record.video, record.source) == ("clip0", "clip0.mp4", "clip0.mp4")
+
+
 def test_any_id_makes_a_member(videos, table, tmp_path):
     ids = ["a.b.c", "a/b", "a%2Eb", "ü ñ", "x" * 180]
     rows = [dict(row, id=name) for row, name in zip(good(), ids, strict=True)]

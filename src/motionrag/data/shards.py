@@ -39,7 +39,7 @@ _NOISE = 8
 class ClipRecord:
     """What the shards say about one clip.
 
-    id: unique name. video: path as in the table. source: clips of one source never serve as reference for
+    id: unique name. video: path as in the table (of an absolute one the name). source: clips of one source never serve as reference for
     one another. action: label of the motion, if the table has one. start_sec, end_sec: the span used, in
     seconds after the first frame (None: the whole file). fps, frames, width, height, duration: as measured
     by decoding. note: what is not as it should be. metadata: the table's other columns.
@@ -185,7 +185,7 @@ def read_table(path: str | Path, columns: Mapping[str, str]) -> tuple[list[dict[
         row["metadata"] = {str(column): _plain(record[column]) for column in others}
         if row["video"] is not None:
             row["id"] = row["id"] or Path(row["video"]).stem
-            row["source"] = row["source"] or row["video"]
+            row["source"] = row["source"] or _recorded(row["video"])
         rows.append(row)
     seen: dict[str, int] = {}
     for number, row in enumerate(rows):
@@ -264,7 +264,7 @@ def _probe(row: dict[str, Any], videos: Path, keep_still: bool, few_frames: int)
     record = ClipRecord(
         **{column: row[column] for column in ("id", "caption", "motion_caption", "source", "action")},
         **span,
-        video=name,
+        video=_recorded(name),
         fps=round(clip.fps, 6),
         frames=clip.decoded,
         width=clip.width,
@@ -274,6 +274,11 @@ def _probe(row: dict[str, Any], videos: Path, keep_still: bool, few_frames: int)
         metadata=row["metadata"],
     )
     return data, record
+
+
+def _recorded(video: str) -> str:
+    """A video's path as shards tell it: absolute ones mean nothing on another machine."""
+    return Path(video).name if Path(video).is_absolute() else video
 
 
 def _moves(clip: Clip) -> bool:

@@ -139,8 +139,14 @@ class RetrievalDatabase:
 
     def same_source(self, clip_id: str) -> set[str]:
         """Ids of the clips cut from the same source, the clip itself among them."""
-        source = self.clip(clip_id)["source"]
-        return {other for other in self.ids if self.clip(other)["source"] == source}
+        return set(self._by_source[self.clip(clip_id)["source"]])
+
+    @cached_property
+    def _by_source(self) -> dict[str, list[str]]:
+        groups: dict[str, list[str]] = {}
+        for clip_id in self.ids:
+            groups.setdefault(self.clip(clip_id)["source"], []).append(clip_id)
+        return groups
 
     def search(
         self, queries: np.ndarray, k: int, exclude: set[str] | frozenset[str] = frozenset()
