@@ -32,10 +32,10 @@ def resolve_weights(path: str) -> str:
     if not path.startswith("pkg:"):
         return path
     folder = Path(str(importlib.resources.files("motionrag"))) / "weights" / path.removeprefix("pkg:")
-    if not (folder / "config.json").is_file():
+    if not folder.is_dir():
         raise MotionRAGError(
             f"encoder weights {path!r} are not in this installation (expected a folder weights/"
-            f"{path.removeprefix('pkg:')} with config.json); reinstall the package or name other weights"
+            f"{path.removeprefix('pkg:')}); reinstall the package or name other weights"
         )
     return str(folder)
 

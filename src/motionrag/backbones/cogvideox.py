@@ -29,13 +29,13 @@ SCHEDULER = dict(
 )  # fmt: skip
 TINY_VAE = dict(
     block_out_channels=(8, 32, 64), down_block_types=("CogVideoXDownBlock3D",) * 3,
-    up_block_types=("CogVideoXUpBlock3D",) * 3, latent_channels=8, layers_per_block=1, norm_num_groups=4,
-    sample_height=32, sample_width=32,
+    up_block_types=("CogVideoXUpBlock3D",) * 3, latent_channels=16, layers_per_block=1, norm_num_groups=4,
+    temporal_compression_ratio=2, sample_height=32, sample_width=32,
 )  # fmt: skip
 TINY_TRANSFORMER = dict(
-    num_attention_heads=5, attention_head_dim=32, in_channels=16, out_channels=8, time_embed_dim=96,
+    num_attention_heads=5, attention_head_dim=32, in_channels=32, out_channels=16, time_embed_dim=96,
     text_embed_dim=384, num_layers=6, sample_width=8, sample_height=8, sample_frames=9, patch_size=2,
-    temporal_compression_ratio=4, max_text_seq_length=24, use_rotary_positional_embeddings=True,
+    temporal_compression_ratio=2, max_text_seq_length=24, use_rotary_positional_embeddings=True,
     use_learned_positional_embeddings=True, spatial_interpolation_scale=1.0,
 )  # fmt: skip
 

@@ -569,3 +569,34 @@ def make_dataset(
         writer.writeheader()
         writer.writerows(rows)
     return table
+
+
+def track_object(video: np.ndarray) -> np.ndarray:
+    """Where the object is, without any network.
+
+    The ground is a plane in (x, y) for each colour; it is fitted to each frame, leaving out what does not fit. The
+    object is what differs from it, and its place the centroid of that.
+
+    Args:
+        video: (T, H, W, 3) uint8.
+
+    Returns:
+        (T, 2) float64: x, y in pixels. A frame that shows no object repeats the place before it (the frame's centre
+        if there is none before).
+    """
+    count, height, width, _ = video.shape
+    y, x = np.mgrid[:height, :width]
+    basis = np.column_stack([np.ones(height * width), x.ravel() / width, y.ravel() / height])
+    places = np.empty((count, 2))
+    place = np.array([(width - 1) / 2, (height - 1) / 2])
+    for i, pixels in enumerate(video.reshape(count, -1, 3).astype(float)):
+        keep = np.ones(len(pixels), bool)
+        for _ in range(4):
+            plane, *_ = np.linalg.lstsq(basis[keep], pixels[keep], rcond=None)
+            distance = np.abs(pixels - basis @ plane).max(axis=1)
+            keep = distance <= max(np.quantile(distance, 0.7), 12)
+        weight = np.clip((distance - 30) / 30, 0, 1)
+        if weight.sum() >= 4:
+            place = np.array([weight @ x.ravel(), weight @ y.ravel()]) / weight.sum()
+        places[i] = place
+    return places

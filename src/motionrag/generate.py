@@ -1,0 +1,159 @@
+"""From an image, a prompt and reference clips to a video: the parts of the method put together for inference.
+
+Shapes: B clips, K reference clips (nearest first), N x D motion features of a clip, M x E appearance features of a
+picture, l x d motion tokens. Pictures are float32 in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from motionrag.backbones.base import Backbone, MotionInput
+from motionrag.checkpoint import load_weights
+from motionrag.encoders import AppearanceEncoder, MotionEncoder
+from motionrag.errors import MotionRAGError
+from motionrag.modules.cama import CAMA
+from motionrag.modules.motion_adapter import MotionAdapter
+from motionrag.modules.resampler import Resampler
+
+
+class MotionRAG:
+    """A backbone with everything that retrieved motion needs; the adapter stays attached until `detach`.
+
+    Args:
+        backbone: the frozen image-to-video model.
+        motion_encoder, appearance_encoder: frozen encoders, the ones the weights were trained with.
+        resampler, motion_adapter: Stage 1. `motion_adapter` is called with the backbone's sites and `token_width`.
+        cama: Stage 2; None leaves only tokens that skip CAMA.
+        adapter_weights, cama_weights: weights files of the two stages.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        motion_encoder: MotionEncoder,
+        appearance_encoder: AppearanceEncoder,
+        resampler: Resampler,
+        motion_adapter: Callable[..., MotionAdapter],
+        cama: CAMA | None,
+        adapter_weights: str,
+        cama_weights: str | None = None,
+    ):
+        self.backbone, self.motion_encoder, self.appearance_encoder = backbone, motion_encoder, appearance_encoder
+        sites = backbone.adapter_sites()
+        self.adapter = motion_adapter(sites, token_width=resampler.output_dim).eval().requires_grad_(False)
+        self.resampler = resampler.eval().requires_grad_(False)
+        load_weights(adapter_weights, resampler=self.resampler, motion_adapter=self.adapter)
+        self.cama = cama
+        if cama is not None:
+            self.cama = cama.eval().requires_grad_(False)
+            if cama_weights is None:
+                raise MotionRAGError("cama_weights is missing: give the .safetensors of Stage 2, or cama=null")
+            load_weights(cama_weights, cama=self.cama)
+        self.adapter.attach(sites)
+
+    def detach(self) -> None:
+        """Restore the bare backbone."""
+        self.adapter.detach()
+
+    # --- motion tokens ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def motion_tokens(self, features: Tensor) -> Tensor:
+        """Motion features (..., N, D) -> motion tokens (..., l, d)."""
+        return self.resampler(features.flatten(0, -3)).unflatten(0, features.shape[:-2])
+
+    @cached_property
+    def null_tokens(self) -> Tensor:
+        """Tokens (1, l, d) of an all-zero clip, for the unconditional half of guidance; they skip CAMA."""
+        side = self.motion_encoder.size
+        return self.motion_tokens(self.motion_encoder(torch.zeros(1, self.motion_encoder.frames, 3, side, side)))
+
+    @torch.no_grad()
+    def adapt(self, reference_motion: Tensor, reference_appearance: Tensor, image: Tensor) -> Tensor:
+        """The image's motion tokens (B, l, d) as CAMA predicts them.
+
+        reference_motion (B, K, N, D) and reference_appearance (B, K, M, E) nearest first, image (B, 3, H, W).
+        """
+        if self.cama is None:
+            raise MotionRAGError("these weights hold no CAMA: train Stage 2 (motionrag train stage=cama)")
+        return self.cama.predict(
+            self.motion_tokens(reference_motion), reference_appearance, self.appearance_encoder(image)
+        )
+
+    def encode_references(self, clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Reference clips, each (T, 3, H, W), -> motion features (1, K, N, D), appearance features (1, K, M, E)."""
+        motion = torch.cat([self.motion_encoder(clip[None]) for clip in clips])
+        appearance = torch.cat([self.appearance_encoder(clip[:1]) for clip in clips])
+        return motion[None], appearance[None]
+
+    # --- video -----------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        image: Tensor,
+        prompts: Sequence[str],
+        tokens: Tensor | None = None,
+        *,
+        steps: int = 25,
+        guidance: float = 3.0,
+        seeds: Sequence[int] = (0,),
+        motion_scale: float = 1.0,
+        progress: bool = False,
+    ) -> Tensor:
+        """Videos (B, T, 3, H, W) in [-1, 1].
+
+        Args:
+            image: first frames (B, 3, H, W).
+            prompts: B prompts.
+            tokens: motion tokens (B, l, d); None runs the bare backbone.
+            seeds: one for each clip; the same seed gives the same noise with and without tokens.
+            motion_scale: weight of the adapter's branch.
+        """
+        text, null_text = self.backbone.encode_text(prompts), self.backbone.encode_text([""])
+        options = dict(steps=steps, guidance=guidance, seeds=seeds, progress=progress)
+        if tokens is None:
+            with self.adapter.use(None):
+                return self.backbone.sample(image, text, null_text, **options)
+        motion = MotionInput(self.adapter, tokens, self.null_tokens, motion_scale)
+        return self.backbone.sample(image, text, null_text, motion=motion, **options)
+
+
+def to_float(frames: np.ndarray) -> Tensor:
+    """Frames (..., H, W, 3) uint8 -> (..., 3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -3).float() / 127.5 - 1
+
+
+def to_uint8(video: Tensor) -> np.ndarray:
+    """(..., 3, H, W) in [-1, 1] -> (..., H, W, 3) uint8."""
+    return ((video.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
+
+
+def fit(images: Tensor, height: int, width: int) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, height, width): scaled until it covers, then centre-cropped; nothing is distorted."""
+    scale = max(height / images.shape[-2], width / images.shape[-1])
+    size = [max(round(images.shape[-2] * scale), height), max(round(images.shape[-1] * scale), width)]
+    if size != list(images.shape[-2:]):
+        images = torch.nn.functional.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return images[..., top : top + height, left : left + width]
+
+
+def read_image(path: str | Path, height: int, width: int) -> Tensor:
+    """An image file -> (1, 3, height, width) float32 in [-1, 1]. Raises MotionRAGError if it is not one."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise MotionRAGError(f"image={path}: no such file; give a picture (png, jpg, webp)") from error
+    except (UnidentifiedImageError, OSError) as error:
+        raise MotionRAGError(f"image={path}: not a readable picture ({error}); give a png, jpg or webp") from error
+    return fit(to_float(pixels)[None], height, width)
