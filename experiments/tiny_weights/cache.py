@@ -36,7 +36,9 @@ def training_clips():
 
 
 def caption(clip: WorldClip, kind: str) -> str:
-    return {"coarse": clip.coarse_caption, "fine": clip.caption, "looks": clip.looks.words(), "empty": ""}[kind]
+    return {"coarse": clip.coarse_caption, "fine": clip.caption, "looks": clip.looks.words(), "empty": ""}[
+        kind
+    ]
 
 
 def text():
@@ -59,9 +61,9 @@ def text():
 
 def latents():
     """Unscaled latents of clips (N, C, F, h, w) and of first frames, clean and noised as in training, float16."""
-    from motionrag.modules.diffusion import image_noise_sigma, noisy_image
-
     from common import WEIGHTS
+
+    from motionrag.modules.diffusion import image_noise_sigma, noisy_image
 
     vae = AutoencoderKLCogVideoX.from_pretrained(WEIGHTS / "vae").eval()
     side = SIZE // 4

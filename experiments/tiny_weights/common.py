@@ -43,7 +43,9 @@ def loader(seed: int, batch: int, describe=lambda clip: 0, workers: int = 1, **k
     return iter(DataLoader(Clips(seed, describe, **kwargs), batch, num_workers=workers))
 
 
-def fixed_clips(n: int, seed: int, domains=TRAINED_DOMAINS, held_out: bool = False) -> tuple[torch.Tensor, list[WorldClip]]:
+def fixed_clips(
+    n: int, seed: int, domains=TRAINED_DOMAINS, held_out: bool = False
+) -> tuple[torch.Tensor, list[WorldClip]]:
     clips = list(itertools.islice(clip_stream(seed, domains, FRAMES, held_out), n))
     return torch.stack([to_tensor(render(c, SIZE)) for c in clips]), clips
 
@@ -81,7 +83,8 @@ class Log:
     def __init__(self, name: str):
         path = HERE / "logs" / f"{name}.csv"
         path.parent.mkdir(exist_ok=True)
-        self.handle, self.start, self.fields = open(path, "w", newline=""), time.time(), None
+        self.handle = open(path, "w", newline="")  # noqa: SIM115 (open as long as the training runs)
+        self.start, self.fields = time.time(), None
 
     def write(self, **values):
         values = {"seconds": round(time.time() - self.start), **values}
@@ -90,7 +93,10 @@ class Log:
             self.fields.writeheader()
         self.fields.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in values.items()})
         self.handle.flush()
-        print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()), flush=True)
+        print(
+            " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()),
+            flush=True,
+        )
 
 
 def start(seed: int, threads: int | None = None):

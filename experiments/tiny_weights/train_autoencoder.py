@@ -35,7 +35,9 @@ def crop(video: torch.Tensor, place: torch.Tensor, side: int = 16) -> torch.Tens
     """(B, 3, T, H, W) -> (B, 3, T, side, side), near `place`, on the grid of the latents (4 pixels)."""
     corner = place * SIZE - side / 2 + torch.randint(-4, 5, place.shape)
     corner = (corner / 4).round().long().clamp(0, (SIZE - side) // 4) * 4
-    return torch.stack([v[..., y : y + side, x : x + side] for v, (x, y) in zip(video, corner.tolist(), strict=True)])
+    return torch.stack(
+        [v[..., y : y + side, x : x + side] for v, (x, y) in zip(video, corner.tolist(), strict=True)]
+    )
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -46,7 +48,9 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKLCogVideoX, video: torch.Tensor) -> torch.Tensor:
-    return torch.cat([vae.decode(vae.encode(v).latent_dist.mode()).sample for v in video.transpose(1, 2).split(8)])
+    return torch.cat(
+        [vae.decode(vae.encode(v).latent_dist.mode()).sample for v in video.transpose(1, 2).split(8)]
+    )
 
 
 def main():
@@ -90,13 +94,17 @@ def main():
         plan.step()
         average.step()
         if step % 50 == 0 or step == args.steps:
-            log.write(step=step, loss=reconstruction.item(), latent_rms=size.sqrt().item(), lr=plan.get_last_lr()[0])
+            log.write(
+                step=step, loss=reconstruction.item(), latent_rms=size.sqrt().item(), lr=plan.get_last_lr()[0]
+            )
         if step % 200 == 0 or step == args.steps:
             final = build().eval()
             final.load_state_dict(average.shadow)
             scores = {d: psnr(reconstruct(final, v), v.transpose(1, 2)) for d, v in check.items()}
             print(f"step {step}: PSNR " + ", ".join(f"{d} {s:.2f} dB" for d, s in scores.items()), flush=True)
-            latents = torch.cat([final.encode(v).latent_dist.mode() for v in check["known"].transpose(1, 2).split(8)])
+            latents = torch.cat(
+                [final.encode(v).latent_dist.mode() for v in check["known"].transpose(1, 2).split(8)]
+            )
             final.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
             final.save_pretrained(WEIGHTS / "vae")
     if min(scores.values()) < GATE_PSNR:

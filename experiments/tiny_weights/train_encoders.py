@@ -28,7 +28,12 @@ def motion_labels(clip: WorldClip) -> dict:
     track = clip.track
     turn = track[:, 2] - track[0, 2]
     path = np.column_stack(
-        [4 * (track[:, :2] - track[0, :2]), np.sin(turn), np.cos(turn) - 1, 2 * np.log(track[:, 3] / track[0, 3])]
+        [
+            4 * (track[:, :2] - track[0, :2]),
+            np.sin(turn),
+            np.cos(turn) - 1,
+            2 * np.log(track[:, 3] / track[0, 3]),
+        ]
     )
     name = clip.motion.name
     return {"action": ACTIONS.index(name) if name in ACTIONS else -1, "path": path.astype(np.float32)}
@@ -67,7 +72,9 @@ def train_motion(args):
 
     def forward(video):
         chosen = torch.linspace(0, FRAMES - 1, config.num_frames).round().long()  # as MotionEncoder samples
-        pixels = prepare_pixels(video[:, chosen].flatten(0, 1), SIZE).unflatten(0, (len(video), config.num_frames))
+        pixels = prepare_pixels(video[:, chosen].flatten(0, 1), SIZE).unflatten(
+            0, (len(video), config.num_frames)
+        )
         states = model.videomae(pixels).last_hidden_state  # (B, slots*16, D)
         pooled = states.unflatten(1, (slots, -1)).mean(2).flatten(1)
         return model.classifier(model.fc_norm(states.mean(1))), path_head(pooled).unflatten(1, (FRAMES, 5))
@@ -76,7 +83,9 @@ def train_motion(args):
     data = loader(args.seed + 10, args.batch, motion_labels)
     for step in range(1, args.steps + 1):
         video, labels = next(data)
-        video = video + 0.05 * torch.rand(len(video), 1, 1, 1, 1) * torch.randn_like(video)  # generated clips are not clean
+        video = video + 0.05 * torch.rand(len(video), 1, 1, 1, 1) * torch.randn_like(
+            video
+        )  # generated clips are not clean
         logits, path = forward(video)
         named = labels["action"] >= 0
         naming = F.cross_entropy(logits[named], labels["action"][named], label_smoothing=0.05)
@@ -92,7 +101,10 @@ def train_motion(args):
             model.load_state_dict(average.shadow)
             with torch.no_grad():
                 (video, clips), (other, other_clips) = held_out["known"], held_out["new"]
-                truth, new = stack([motion_labels(c) for c in clips]), stack([motion_labels(c) for c in other_clips])
+                truth, new = (
+                    stack([motion_labels(c) for c in clips]),
+                    stack([motion_labels(c) for c in other_clips]),
+                )
                 logits, path = forward(video)
                 accuracy = float((logits.argmax(1) == truth["action"]).float().mean())
                 log.write(step=step, naming=float(naming), following=float(following), accuracy=accuracy,
@@ -106,9 +118,17 @@ def train_motion(args):
 
 def train_appearance(args):
     log = Log("appearance_encoder")
-    config = Dinov2Config(image_size=SIZE, patch_size=4, hidden_size=96, num_hidden_layers=3, num_attention_heads=4)
+    config = Dinov2Config(
+        image_size=SIZE, patch_size=4, hidden_size=96, num_hidden_layers=3, num_attention_heads=4
+    )
     model, width = Dinov2Model(config), config.hidden_size
-    sizes = {"shape": len(SHAPES), "ground": len(GROUNDS), "present": len(COLOURS), "halves": 2 * len(COLOURS), "place": 3}
+    sizes = {
+        "shape": len(SHAPES),
+        "ground": len(GROUNDS),
+        "present": len(COLOURS),
+        "halves": 2 * len(COLOURS),
+        "place": 3,
+    }
     heads = nn.ModuleDict({k: nn.Linear(width, n) for k, n in sizes.items()})
     opt, plan = optimizer([*model.parameters(), *heads.parameters()], args.lr, args.steps)
     average = Average(model)
@@ -148,7 +168,13 @@ def train_appearance(args):
                 shape = float((out["shape"].argmax(1) == truth["shape"]).float().mean())
                 true_place = truth["place"][torch.arange(512), frame_check[:, 0], :2]
                 place = (out["place"][:, :2] - true_place).norm(dim=1).mean()
-                log.write(step=step, loss=float(loss), held_out=float(check), shape=shape, place_px=float(place) / 4 * SIZE)
+                log.write(
+                    step=step,
+                    loss=float(loss),
+                    held_out=float(check),
+                    shape=shape,
+                    place_px=float(place) / 4 * SIZE,
+                )
             model.save_pretrained(WEIGHTS / "dinov2")
             model.load_state_dict(raw)
     if shape < 0.9:

@@ -45,7 +45,11 @@ class MotionRAG:
         adapter_weights: str,
         cama_weights: str | None = None,
     ):
-        self.backbone, self.motion_encoder, self.appearance_encoder = backbone, motion_encoder, appearance_encoder
+        self.backbone, self.motion_encoder, self.appearance_encoder = (
+            backbone,
+            motion_encoder,
+            appearance_encoder,
+        )
         sites = backbone.adapter_sites()
         self.adapter = motion_adapter(sites, token_width=resampler.output_dim).eval().requires_grad_(False)
         self.resampler = resampler.eval().requires_grad_(False)
@@ -54,7 +58,9 @@ class MotionRAG:
         if cama is not None:
             self.cama = cama.eval().requires_grad_(False)
             if cama_weights is None:
-                raise MotionRAGError("cama_weights is missing: give the .safetensors of Stage 2, or cama=null")
+                raise MotionRAGError(
+                    "cama_weights is missing: give the .safetensors of Stage 2, or cama=null"
+                )
             load_weights(cama_weights, cama=self.cama)
         self.adapter.attach(sites)
 
@@ -73,7 +79,9 @@ class MotionRAG:
     def null_tokens(self) -> Tensor:
         """Tokens (1, l, d) of an all-zero clip, for the unconditional half of guidance; they skip CAMA."""
         side = self.motion_encoder.size
-        return self.motion_tokens(self.motion_encoder(torch.zeros(1, self.motion_encoder.frames, 3, side, side)))
+        return self.motion_tokens(
+            self.motion_encoder(torch.zeros(1, self.motion_encoder.frames, 3, side, side))
+        )
 
     @torch.no_grad()
     def adapt(self, reference_motion: Tensor, reference_appearance: Tensor, image: Tensor) -> Tensor:
@@ -155,5 +163,7 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
     except (FileNotFoundError, IsADirectoryError) as error:
         raise MotionRAGError(f"image={path}: no such file; give a picture (png, jpg, webp)") from error
     except (UnidentifiedImageError, OSError) as error:
-        raise MotionRAGError(f"image={path}: not a readable picture ({error}); give a png, jpg or webp") from error
+        raise MotionRAGError(
+            f"image={path}: not a readable picture ({error}); give a png, jpg or webp"
+        ) from error
     return fit(to_float(pixels)[None], height, width)

@@ -25,7 +25,9 @@ class Backbone(Protocol):
     def encode_video(self, video: Tensor) -> Tensor:
         """Video (B, T, 3, H, W) -> scaled latents (B, F, C, h, w)."""
 
-    def encode_image(self, image: Tensor, generator: torch.Generator | None = None, noisy: bool = False) -> Tensor:
+    def encode_image(
+        self, image: Tensor, generator: torch.Generator | None = None, noisy: bool = False
+    ) -> Tensor:
         """First frame (B, 3, H, W) -> scaled condition latents (B, 1, C, h, w), with training noise if `noisy`."""
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:

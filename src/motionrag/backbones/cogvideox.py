@@ -19,7 +19,11 @@ from motionrag.backbones.base import MotionInput
 from motionrag.encoders import CaptionEncoder, resolve_weights
 from motionrag.errors import MotionRAGError
 from motionrag.modules.diffusion import (
-    add_noise, first_frame_condition, image_noise_sigma, noisy_image, v_loss,
+    add_noise,
+    first_frame_condition,
+    image_noise_sigma,
+    noisy_image,
+    v_loss,
 )  # fmt: skip
 
 SCHEDULER = dict(
@@ -34,7 +38,7 @@ TINY_VAE = dict(
 )  # fmt: skip
 TINY_TRANSFORMER = dict(
     num_attention_heads=5, attention_head_dim=32, in_channels=32, out_channels=16, time_embed_dim=96,
-    text_embed_dim=384, num_layers=6, sample_width=8, sample_height=8, sample_frames=9, patch_size=2,
+    text_embed_dim=384, num_layers=5, sample_width=8, sample_height=8, sample_frames=9, patch_size=2,
     temporal_compression_ratio=2, max_text_seq_length=24, use_rotary_positional_embeddings=True,
     use_learned_positional_embeddings=True, spatial_interpolation_scale=1.0,
 )  # fmt: skip
@@ -55,7 +59,11 @@ class T5Text:
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> (B, max_length, 4096)."""
         ids = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+            list(prompts),
+            padding="max_length",
+            max_length=self.max_length,
+            truncation=True,
+            return_tensors="pt",
         ).input_ids
         return self.model(ids.to(self.model.device)).last_hidden_state
 
@@ -117,7 +125,10 @@ class CogVideoX:
         try:
             parts = [
                 kind.from_pretrained(folder, subfolder=sub, torch_dtype=precision)
-                for kind, sub in ((AutoencoderKLCogVideoX, "vae"), (CogVideoXTransformer3DModel, "transformer"))
+                for kind, sub in (
+                    (AutoencoderKLCogVideoX, "vae"),
+                    (CogVideoXTransformer3DModel, "transformer"),
+                )
             ]
             scheduler = CogVideoXDPMScheduler.from_pretrained(folder, subfolder="scheduler")
             text = text or T5Text(folder, dtype=precision)
@@ -130,13 +141,22 @@ class CogVideoX:
         return cls(*parts, scheduler, text, frames, fps, name)
 
     @classmethod
-    def tiny(cls, seed: int = 0, text: Callable[[Sequence[str]], Tensor] | None = None, **transformer) -> CogVideoX:
+    def tiny(
+        cls, seed: int = 0, text: Callable[[Sequence[str]], Tensor] | None = None, **transformer
+    ) -> CogVideoX:
         """The architecture of the shipped tiny model with random weights; for tests. Sizes can be overridden."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             vae = AutoencoderKLCogVideoX(**TINY_VAE)
             denoiser = CogVideoXTransformer3DModel(**TINY_TRANSFORMER | transformer)
-        return cls(vae, denoiser, CogVideoXDPMScheduler(**SCHEDULER), text or SentenceText(), 9, name="cogvideox_tiny")
+        return cls(
+            vae,
+            denoiser,
+            CogVideoXDPMScheduler(**SCHEDULER),
+            text or SentenceText(),
+            9,
+            name="cogvideox_tiny",
+        )
 
     # --- encoding --------------------------------------------------------------------------------------------------
 
@@ -168,7 +188,9 @@ class CogVideoX:
         return latents.transpose(1, 2) * self.vae.config.scaling_factor
 
     @torch.no_grad()
-    def encode_image(self, image: Tensor, generator: torch.Generator | None = None, noisy: bool = False) -> Tensor:
+    def encode_image(
+        self, image: Tensor, generator: torch.Generator | None = None, noisy: bool = False
+    ) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> scaled latents (B, 1, C, h, w); `noisy` adds exp(N(-3, .5)) noise first."""
         if noisy:
             sigma = image_noise_sigma(len(image), generator).to(image)
@@ -182,7 +204,9 @@ class CogVideoX:
 
     def adapter_sites(self) -> Mapping[str, nn.Module]:
         """The joint attention of every block."""
-        return {f"transformer_blocks.{i}.attn1": b.attn1 for i, b in enumerate(self.denoiser.transformer_blocks)}
+        return {
+            f"transformer_blocks.{i}.attn1": b.attn1 for i, b in enumerate(self.denoiser.transformer_blocks)
+        }
 
     # --- training --------------------------------------------------------------------------------------------------
 

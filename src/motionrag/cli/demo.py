@@ -41,18 +41,28 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     steps.verb("retrieve", f"prompt='{prompt}'", f"db={db}", "k=3", f"out={out}/retrieve")
     if cfg.train_steps:
         live = [f"shards={world}/shards", f"db={db}", "logger=csv", f"trainer.max_steps={cfg.train_steps}"]
-        live += [f"trainer.val_check_interval={max(int(cfg.train_steps) // 3, 1)}", "trainer.log_every_n_steps=5"]
+        live += [
+            f"trainer.val_check_interval={max(int(cfg.train_steps) // 3, 1)}",
+            "trainer.log_every_n_steps=5",
+        ]
         adapter = f"run_dir={out}/train/adapter"
         trained = steps.verb("train", "experiment=tiny_adapter", "make=null", *live, adapter)
         live[0] = "shards=null"
         weights_file = f"resampler_weights={trained['weights']}"
-        steps.verb("train", "experiment=tiny_cama", "make=null", *live, weights_file, f"run_dir={out}/train/cama")
+        steps.verb(
+            "train", "experiment=tiny_cama", "make=null", *live, weights_file, f"run_dir={out}/train/cama"
+        )
     first = out / "generate" / "first_frame.png"
     first.parent.mkdir(exist_ok=True)
     clip = read_clip(videos / "new" / "videos" / "test-new-00000.mp4")
     Image.fromarray(clip.frames[0]).save(first)
     steps.verb(
-        "generate", f"image={first}", f"prompt='{prompt}'", f"db={db}", f"k={cfg.k}", f"out={first.with_name('video.mp4')}"
+        "generate",
+        f"image={first}",
+        f"prompt='{prompt}'",
+        f"db={db}",
+        f"k={cfg.k}",
+        f"out={first.with_name('video.mp4')}",
     )
     notes = [
         "The clips were made with the weights that ship; the loss curves are a short live training from fresh weights.",

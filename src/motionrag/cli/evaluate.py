@@ -38,7 +38,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     conditions = list(cfg.conditions)
     unknown = [c for c in conditions if c not in CONDITIONS]
     if unknown or not conditions:
-        raise MotionRAGError(f"conditions={conditions}: unknown {unknown}; choose from {', '.join(CONDITIONS)}")
+        raise MotionRAGError(
+            f"conditions={conditions}: unknown {unknown}; choose from {', '.join(CONDITIONS)}"
+        )
     db = RetrievalDatabase(str(cfg.db))
     check_depth(db, int(cfg.k))
     model = build(cfg)
@@ -99,7 +101,9 @@ def read_split(shards: Path, backbone: Any, limit: int | None) -> list[dict[str,
             if limit is not None and counts.get(domain, 0) >= limit:
                 continue
             counts[domain] = counts.get(domain, 0) + 1
-            decoded = read_clip(data, record.start_sec, record.end_sec, frames=backbone.frames, fps=backbone.fps)
+            decoded = read_clip(
+                data, record.start_sec, record.end_sec, frames=backbone.frames, fps=backbone.fps
+            )
             video = fit(to_float(decoded.frames), backbone.height, backbone.width)
             clips.append({**asdict(record), "domain": domain, "video": video})
     if not clips:
@@ -122,11 +126,18 @@ class References:
         own = self.db.same_source(clip["id"]) if clip["id"] in self.db else set()
         if condition == "random":
             return self.random.retrieve(clip["motion_caption"], self.k, own)
-        return self.text.retrieve(clip["motion_caption"], self.k, own | (self.new if condition == "known_only" else set()))
+        return self.text.retrieve(
+            clip["motion_caption"], self.k, own | (self.new if condition == "known_only" else set())
+        )
 
 
 def generate(
-    model: MotionRAG, cfg: DictConfig, condition: str, batch: list[dict], truth: torch.Tensor, find: References
+    model: MotionRAG,
+    cfg: DictConfig,
+    condition: str,
+    batch: list[dict],
+    truth: torch.Tensor,
+    find: References,
 ) -> torch.Tensor:
     """Videos (B, T, 3, H, W) of one condition from the first frames of `truth`."""
     import torch
@@ -159,7 +170,9 @@ class Scores:
         self.seconds: dict[str, list[float]] = {}
         self.domains: dict[str, str] = {}
 
-    def add(self, condition: str, batch: list[dict], video: torch.Tensor, truth: torch.Tensor, seconds: float) -> None:
+    def add(
+        self, condition: str, batch: list[dict], video: torch.Tensor, truth: torch.Tensor, seconds: float
+    ) -> None:
         """Measure one batch; `seconds` is the time per clip it took to generate."""
         import torch
 
@@ -171,16 +184,26 @@ class Scores:
 
         self.seconds.setdefault(condition, []).extend([seconds] * len(batch))
         logits = self.model.motion_encoder.logits
-        class_token = [self.model.appearance_encoder(v.flatten(0, 1))[:, 0].unflatten(0, v.shape[:2]) for v in (video, truth)]
-        values = {"action_score": (ActionScore, logits(video), logits(truth)), "dino_score": (DinoScore, *class_token)}
+        class_token = [
+            self.model.appearance_encoder(v.flatten(0, 1))[:, 0].unflatten(0, v.shape[:2])
+            for v in (video, truth)
+        ]
+        values = {
+            "action_score": (ActionScore, logits(video), logits(truth)),
+            "dino_score": (DinoScore, *class_token),
+        }
         if self.trajectory:
-            paths = [torch.stack([torch.from_numpy(track_object(c)) for c in to_uint8(v)]) for v in (video, truth)]
+            paths = [
+                torch.stack([torch.from_numpy(track_object(c)) for c in to_uint8(v)]) for v in (video, truth)
+            ]
             values["trajectory_error"] = (TrajectoryError, *paths)
         for row, clip in enumerate(batch):
             self.domains[clip["id"]] = clip["domain"]
             found = self.metrics.setdefault((condition, clip["domain"]), {})
             for name, (metric, pred, target) in values.items():
-                found.setdefault(name, metric()).update(pred[row : row + 1], target[row : row + 1], [clip["id"]])
+                found.setdefault(name, metric()).update(
+                    pred[row : row + 1], target[row : row + 1], [clip["id"]]
+                )
 
     def table(self) -> dict[str, dict[str, dict[str, float]]]:
         """condition -> domain -> metric -> mean, with the number of clips `n`."""
@@ -251,7 +274,9 @@ class Gallery:
         """Write ``clips.json``."""
         from motionrag.io import write_json
 
-        write_json(self.out / "clips.json", [{**e, "scores": per_clip[e["id"]]} for e in self.entries.values()])
+        write_json(
+            self.out / "clips.json", [{**e, "scores": per_clip[e["id"]]} for e in self.entries.values()]
+        )
 
 
 def enlarge(video: torch.Tensor) -> np.ndarray:

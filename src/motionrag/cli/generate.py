@@ -45,7 +45,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from motionrag.retrieval.retrievers import TextRetriever
 
     if cfg.db and cfg.references:
-        raise MotionRAGError("both db and references are given: choose a database or your own reference clips")
+        raise MotionRAGError(
+            "both db and references are given: choose a database or your own reference clips"
+        )
     db = RetrievalDatabase(str(cfg.db)) if cfg.db else None
     if db:
         check_depth(db, int(cfg.k))  # before any network is loaded

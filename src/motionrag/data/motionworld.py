@@ -28,7 +28,9 @@ GROUNDS = {
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "capsule")
 
-Path4 = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # t (T,) in [0,1] -> (T,4): dx, dy, turn, log scale
+Path4 = Callable[
+    [np.ndarray, np.random.Generator], np.ndarray
+]  # t (T,) in [0,1] -> (T,4): dx, dy, turn, log scale
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,9 @@ def _track(t: np.ndarray, dx=0.0, dy=0.0, turn=0.0, grow=0.0) -> np.ndarray:
     return np.stack([np.broadcast_to(np.asarray(v, float), t.shape) for v in (dx, dy, turn, grow)], axis=-1)
 
 
-def _along(direction: tuple[float, float], ease: Callable[[np.ndarray], np.ndarray], low=0.30, high=0.44) -> Path4:
+def _along(
+    direction: tuple[float, float], ease: Callable[[np.ndarray], np.ndarray], low=0.30, high=0.44
+) -> Path4:
     norm = math.hypot(*direction)
     ux, uy = direction[0] / norm, direction[1] / norm
 
@@ -106,7 +110,9 @@ def _ease_stop(t):
     return np.clip(t / 0.36, 0, 1) * 0.5 + np.clip((t - 0.64) / 0.36, 0, 1) * 0.5
 
 
-def _side_to_side(forward: tuple[float, float], wave: Callable[[np.ndarray], np.ndarray], amount: float) -> Path4:
+def _side_to_side(
+    forward: tuple[float, float], wave: Callable[[np.ndarray], np.ndarray], amount: float
+) -> Path4:
     ux, uy = forward
 
     def path(t, rng):
@@ -174,7 +180,9 @@ def _polyline(points: list[tuple[float, float]], low=0.24, high=0.32, close=Fals
 
     def path(t, rng):
         size = rng.uniform(low, high)
-        return _track(t, size * np.interp(t, lengths, corners[:, 0]), size * np.interp(t, lengths, corners[:, 1]))
+        return _track(
+            t, size * np.interp(t, lengths, corners[:, 0]), size * np.interp(t, lengths, corners[:, 1])
+        )
 
     return path
 
@@ -409,19 +417,28 @@ def _with(path: Path4, turn, size) -> Path4:
 def _compound(count: int = 600, seed: int = 0) -> Iterator[Motion]:
     """Random polylines and named paths, some of them turning or changing size at the same time."""
     rng = np.random.default_rng(seed)
-    named = [m for m in _known() if m.name.split()[0] not in ("spin", "rock", "grow", "shrink", "pulse", "roll")]
+    named = [
+        m for m in _known() if m.name.split()[0] not in ("spin", "rock", "grow", "shrink", "pulse", "roll")
+    ]
     seen: set[str] = set()
     while len(seen) < count:
-        turn, size = rng.choice(list(_TURNS), p=(0.55, 0.15, 0.15, 0.15)), rng.choice(list(_SIZES), p=(0.55, 0.15, 0.15, 0.15))
+        turn, size = (
+            rng.choice(list(_TURNS), p=(0.55, 0.15, 0.15, 0.15)),
+            rng.choice(list(_SIZES), p=(0.55, 0.15, 0.15, 0.15)),
+        )
         if rng.random() < 0.6:
             keys = [str(rng.choice(list(_DIRECTIONS)))]
             while len(keys) < rng.integers(2, 4):
                 keys.append(str(rng.choice([k for k in _DIRECTIONS if k != keys[-1]])))
-            corners = np.cumsum([np.divide(_DIRECTIONS[k], math.hypot(*_DIRECTIONS[k])) for k in keys], axis=0)
+            corners = np.cumsum(
+                [np.divide(_DIRECTIONS[k], math.hypot(*_DIRECTIONS[k])) for k in keys], axis=0
+            )
             if np.hypot(*corners[-1]) < 0.5 or np.abs(corners).max() > 1.8:
                 continue  # closed paths belong to the new domain; very long ones leave the frame
             base, coarse = _polyline([tuple(c) for c in corners], 0.2, 0.27), "moves"
-            words = [", then ".join(form.format(_WORDS[k][i]) for k in keys) for i, form in ((0, "{}"), (1, "{}"))]
+            words = [
+                ", then ".join(form.format(_WORDS[k][i]) for k in keys) for i, form in ((0, "{}"), (1, "{}"))
+            ]
             phrases = (f"moves {words[0]}", f"goes {words[1]}", f"slides {words[0]}")
             held_out = (f"heads {words[1]}", f"travels {words[0]}")
         else:
@@ -437,7 +454,14 @@ def _compound(count: int = 600, seed: int = 0) -> Iterator[Motion]:
         if extra:
             phrases = tuple(f"{p} while {extra}" for p in phrases)
             held_out = tuple(f"{p}, {extra} all the while" for p in held_out)
-        yield Motion(f"compound: {name}", "compound", _with(base, _TURNS[turn], _SIZES[size]), phrases, held_out, coarse)
+        yield Motion(
+            f"compound: {name}",
+            "compound",
+            _with(base, _TURNS[turn], _SIZES[size]),
+            phrases,
+            held_out,
+            coarse,
+        )
 
 
 @cache
@@ -458,7 +482,9 @@ def sample_looks(rng: np.random.Generator) -> Looks:
     )  # fmt: skip
 
 
-def sample_clip(rng: np.random.Generator, motion: Motion, frames: int = 9, held_out: bool = False) -> WorldClip:
+def sample_clip(
+    rng: np.random.Generator, motion: Motion, frames: int = 9, held_out: bool = False
+) -> WorldClip:
     """Draw looks, parameters, start and words for one motion.
 
     Args:
@@ -521,7 +547,9 @@ def render(clip: WorldClip, size: int = 32) -> np.ndarray:
     return np.clip(np.round(frames), 0, 255).astype(np.uint8)
 
 
-def clip_stream(seed: int, domains: dict[str, float], frames: int = 9, held_out: bool = False) -> Iterator[WorldClip]:
+def clip_stream(
+    seed: int, domains: dict[str, float], frames: int = 9, held_out: bool = False
+) -> Iterator[WorldClip]:
     """Endless clips, domains drawn with the given weights, motions evenly within a domain. Deterministic in `seed`."""
     rng = np.random.default_rng(seed)
     names, weights = list(domains), np.array(list(domains.values()), float)
@@ -556,7 +584,9 @@ def make_dataset(
     out = Path(out)
     (out / "videos").mkdir(parents=True, exist_ok=True)
     rows = []
-    for i, clip in enumerate(itertools.islice(clip_stream(seed, domains or {"known": 1.0}, frames, held_out), n)):
+    for i, clip in enumerate(
+        itertools.islice(clip_stream(seed, domains or {"known": 1.0}, frames, held_out), n)
+    ):
         clip_id = f"{prefix}-{i:05d}"
         write_mp4(out / "videos" / f"{clip_id}.mp4", render(clip, size), fps, pix_fmt="yuv444p", crf=10)
         rows.append(
