@@ -205,7 +205,7 @@ class Part(Dataset):
                     rows.append(self.clips.read(index))
                     break
                 except UnreadableVideo as error:
-                    skipped.append(f"{self.clips.ids[index]}: {error}")
+                    skipped.append(f"{self.clips.ids[index]}: {error.reason}")
             else:
                 raise MotionRAGError(f"none of the {len(self)} clips can be read, the first: {skipped[0]}")
         columns = {name: [row[name] for row in rows] for name in rows[0]}

@@ -1,0 +1,238 @@
+"""The stream of training clips: order, resuming, ranks, splits, unreadable clips."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from motionrag.data.batch import MotionBatch
+from motionrag.data.datamodule import (
+    ClipStream,
+    MotionDataModule,
+    Part,
+    ReferenceClips,
+    ShardClips,
+    to_pixels,
+)
+from motionrag.data.motionworld import make_dataset
+from motionrag.data.shards import pack
+from motionrag.data.video import UnreadableVideo, read_clip
+from motionrag.errors import MotionRAGError
+from motionrag.io import write_json
+from motionrag.retrieval.bank import PartWriter
+from motionrag.retrieval.database import STORE, build
+
+
+class Numbers:
+    """Clips whose only feature is their number; some cannot be read."""
+
+    def __init__(self, count, bad=(), per_source=1):
+        self.ids = [f"c{i}" for i in range(count)]
+        self.sources = [f"s{i // per_source}" for i in range(count)]
+        self.bad = set(bad)
+
+    def split(self, column):
+        return ["val" if i % 4 == 0 else "train" for i in range(len(self.ids))]
+
+    def read(self, index):
+        if index in self.bad:
+            raise UnreadableVideo(self.ids[index], "broken")
+        return {"clip_id": self.ids[index], "captions": "", "target_motion": torch.full((1, 1), float(index))}
+
+
+def take(stream, n):
+    return list(itertools.islice(stream, n))
+
+
+# --- the stream ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(clips=st.integers(1, 9), batch=st.integers(1, 4), seed=st.integers(0, 5))
+def test_every_pass_shows_every_clip_once(clips, batch, seed):
+    keys = list(itertools.chain(*take(ClipStream(clips, batch, seed), 3 * clips)))
+    assert [position for position, _ in keys] == list(range(len(keys)))
+    places = [place for _, place in keys]
+    for epoch in range(3 * batch):
+        assert sorted(places[epoch * clips : (epoch + 1) * clips]) == list(range(clips))
+
+
+@settings(max_examples=30, deadline=None)
+@given(world=st.integers(1, 3), batch=st.integers(1, 3), start=st.integers(0, 20))
+def test_ranks_together_see_what_one_process_sees(world, batch, start):
+    one = take(ClipStream(7, batch * world, 0, start=start), 4)
+    several = [take(ClipStream(7, batch, 0, rank, world, start), 4) for rank in range(world)]
+    for step in range(4):
+        assert one[step] == list(itertools.chain(*(s[step] for s in several)))
+
+
+def test_a_resumed_stream_continues():
+    whole = take(ClipStream(10, 3, seed=1), 8)
+    assert take(ClipStream(10, 3, seed=1, start=15), 3) == whole[5:]
+
+
+def test_the_seed_changes_the_order():
+    assert take(ClipStream(50, 50, 0), 1) != take(ClipStream(50, 50, 1), 1)
+
+
+# --- batches -------------------------------------------------------------------------------------------------------
+
+
+def test_an_unreadable_clip_gives_way_to_the_next_and_is_named():
+    part = Part(Numbers(6, bad=[2, 3]), [0, 2, 3, 5])
+    batch = part.__getitems__([(10, 0), (11, 1)])
+    assert batch.clip_id == ["c0", "c5"] and batch.position == [10, 11]
+    assert [line.split(":")[0] for line in batch.skipped] == ["c2", "c3"]
+
+
+def test_nothing_readable_is_an_error():
+    with pytest.raises(MotionRAGError, match="none of the 2 clips"):
+        Part(Numbers(2, bad=[0, 1]), [0, 1]).__getitems__([(0, 0)])
+
+
+def test_batches_check_themselves():
+    good = {"clip_id": ["a", "b"], "captions": ["", ""], "position": [0, 1]}
+    MotionBatch(**good, video=torch.zeros(2, 3, 3, 4, 4)).check()
+    for wrong in (
+        {"video": torch.zeros(2, 3, 4, 4)},
+        {"video": torch.full((2, 3, 3, 4, 4), 2.0)},
+        {"target_motion": torch.zeros(3, 2, 2)},
+        {"target_motion": torch.zeros(2, 2, 2), "reference_motion": torch.zeros(2, 4, 2, 3)},
+        {"reference_motion": torch.zeros(2, 4, 2, 3), "reference_appearance": torch.zeros(2, 3, 2, 3)},
+        {"captions": [""]},
+    ):
+        with pytest.raises(ValueError):
+            MotionBatch(**{**good, **wrong}).check()
+
+
+def module(clips, world=1, rank=0, processed=0, **options):
+    """A datamodule under a stand-in trainer."""
+    data = MotionDataModule(clips, **{"batch_size": 2, "val_share": 0.3, **options})
+    progress = SimpleNamespace(total=SimpleNamespace(processed=processed))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    data.trainer = SimpleNamespace(world_size=world, global_rank=rank, fit_loop=loop)
+    return data
+
+
+def test_clips_of_one_source_stay_on_one_side():
+    data = module(Numbers(60, per_source=3))
+    train, val = ({data.clips.sources[i] for i in p.indices} for p in (data.train_part, data.val_part))
+    assert train and val and not train & val
+    again = module(Numbers(60, per_source=3))
+    assert again.val_part.indices == data.val_part.indices
+
+
+def test_split_by_column():
+    assert module(Numbers(8), split_column="split").val_part.indices == [0, 4]
+    with pytest.raises(MotionRAGError, match="no training clips"):
+        module(Numbers(3), val_share=1.0)
+
+
+def test_validation_is_the_same_on_any_number_of_ranks():
+    alone = [i for b in module(Numbers(40), batch_size=4).val_dataloader() for i in b.clip_id]
+    ranks = [list(module(Numbers(40), world=2, rank=r).val_dataloader()) for r in range(2)]
+    assert len(ranks[0]) == len(ranks[1])
+    together = [i for pair in zip(*ranks, strict=True) for b in pair for i in b.clip_id]
+    assert together == alone
+    assert module(Numbers(5), val_share=0.0).val_dataloader() == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_resumes_where_it_stopped(workers):
+    whole = [b.clip_id for b in take(module(Numbers(9)).train_dataloader(), 7)]
+    first = module(Numbers(9), workers=workers, processed=4)
+    assert [b.clip_id for b in take(first.train_dataloader(), 4)] == whole[:4]
+    resumed = module(Numbers(9), workers=workers)
+    resumed.load_state_dict(first.state_dict())
+    assert [b.clip_id for b in take(resumed.train_dataloader(), 3)] == whole[4:]
+
+
+def test_resuming_with_other_processes_continues_at_the_same_clip():
+    state = module(Numbers(9), batch_size=2, world=2, processed=3).state_dict()
+    assert state == {"clips": 12, "batches": 3}
+    other = module(Numbers(9), batch_size=3, processed=5)
+    other.load_state_dict(state)
+    assert other.state_dict() == {"clips": 18, "batches": 5}
+
+
+# --- clips from disk -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Seven synthetic clips in shards of three."""
+    folder = tmp_path_factory.mktemp("world")
+    table = make_dataset(folder, 7, seed=0)
+    pack(table, folder / "videos", folder / "shards", shard_size=3)
+    return folder
+
+
+def test_clips_are_read_from_their_place_in_the_tar(shards):
+    clips = ShardClips(shards / "shards", frames=9, height=32, width=32, fps=8)
+    assert clips.ids == [f"clip-{i:05d}" for i in range(7)]
+    assert clips.split("domain") == ["known"] * 7
+    for index in (5, 0, 3):
+        clip = clips.read(index)
+        expected = read_clip(shards / "videos" / f"{clips.ids[index]}.mp4").frames
+        assert torch.equal(clip["video"], to_pixels(expected, 32, 32))
+        assert clip["captions"]
+    with pytest.raises(MotionRAGError, match="no column 'colour', only"):
+        clips.split("colour")
+
+
+def test_pixels_cover_the_size_and_are_cropped_in_the_middle():
+    frames = np.zeros((2, 10, 30, 3), np.uint8)
+    frames[:, :, 10:20] = 255
+    out = to_pixels(frames, 20, 20)
+    assert out.shape == (2, 3, 20, 20) and out.min() >= -1 and out.max() == 1
+    assert out[..., 4:16].min() > 0.9
+    assert torch.equal(to_pixels(frames, 10, 30)[0, 0, 0, :11], torch.tensor([-1.0] * 10 + [1.0]))
+
+
+@pytest.fixture
+def database(tmp_path):
+    """A database of six clips with random features, two from each source."""
+    rng, encoder = np.random.default_rng(0), {"name": "random", "width": 4, "weights": "0"}
+    roles = ("motion", "appearance", "caption")
+    write_json(
+        tmp_path / "db" / STORE,
+        {"shards": [{"file": "a.tar"}], "encoders": dict.fromkeys(roles, encoder), "sampling": {}},
+    )
+    clips = [
+        {"id": f"c{i}", "caption": f"caption {i}", "motion_caption": "moves", "source": f"s{i // 2}"}
+        for i in range(6)
+    ]
+    caption = rng.normal(size=(6, 4))
+    with PartWriter(tmp_path / "db", "a", {"skipped": [], "preview_frames": 1}) as writer:
+        writer.add(
+            clips,
+            rng.normal(size=(6, 5, 4)),
+            rng.normal(size=(6, 3, 4)),
+            caption / np.linalg.norm(caption, axis=1, keepdims=True),
+            np.zeros((6, 1, 8, 8, 3), np.uint8),
+        )
+    build(tmp_path / "db", 4)
+    return tmp_path / "db"
+
+
+def test_references_are_the_neighbours_of_other_sources(database):
+    clips = ReferenceClips(database, k=3)
+    for index, clip_id in enumerate(clips.ids):
+        clip = clips.read(index)
+        neighbours = clips.db.neighbours(clip_id, 3)
+        assert not {clips.db.clip(n)["source"] for n in neighbours} & {clips.sources[index]}
+        assert torch.equal(clip["reference_motion"], clips.db.motion_features(neighbours))
+        assert torch.equal(clip["target_appearance"], clips.db.appearance_features([clip_id])[0])
+    batch = Part(clips, list(range(6))).__getitems__([(0, 1), (1, 4)])
+    assert batch.reference_motion.shape == (2, 3, 5, 4) and batch.reference_appearance.shape == (2, 3, 3, 4)
+    with pytest.raises(MotionRAGError, match="k=5"):
+        ReferenceClips(database, k=5)
+
+
+def test_shards_must_be_in_the_database(shards, database):
+    with pytest.raises(MotionRAGError, match="7 of 7 clips .* are not in the database"):
+        ShardClips(shards / "shards", 9, 32, 32, db=database)

@@ -1,0 +1,57 @@
+"""Stage 2: what trains, what is saved, what the losses compare."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from motionrag.checkpoint import save_weights
+from motionrag.errors import MotionRAGError
+from motionrag.modules.resampler import Resampler
+
+
+def test_gradients_and_keys_are_exactly_those_of_cama(cama_module, batch):
+    module = cama_module()
+    module.log = lambda *args, **kwargs: None
+    module.training_step(batch, 0).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+    assert all(p.grad is None for p in module.resampler.parameters())
+    assert list(module.state_dict()) == [f"cama.{k}" for k in module.cama.state_dict()]
+    assert "cama.sos" in module.state_dict()
+    assert not module.train().resampler.training
+
+
+def test_validation_compares_with_simple_predictions(cama_module, batch):
+    module, logged = cama_module(), {}
+    module.log_dict = lambda values, **_: logged.update(values)
+    module.validation_step(batch, 0)
+    tokens, target = module.motion_tokens(batch.reference_motion), module.motion_tokens(batch.target_motion)
+    prediction = module.cama.predict(tokens, batch.reference_appearance, batch.target_appearance)
+    expected = {
+        "val/loss": F.mse_loss(prediction, target),
+        "val/smooth_l1": F.smooth_l1_loss(prediction, target),
+        "val/loss_mean_reference": F.mse_loss(tokens.mean(1), target),
+        "val/loss_nearest_reference": F.mse_loss(tokens[:, 0], target),
+    }
+    torch.testing.assert_close(logged, expected)
+
+
+def test_loss_falls(cama_module, fit):
+    module = cama_module(lr=3e-3)
+    before = {k: v.clone() for k, v in module.resampler.state_dict().items()}
+    losses, _ = fit(module, 60)
+    assert sum(list(losses.values())[-5:]) < 0.5 * sum(list(losses.values())[:5])
+    assert all(torch.equal(v, before[k]) for k, v in module.resampler.state_dict().items())
+
+
+def test_the_resampler_comes_from_a_stage_1_file(cama_module, tmp_path):
+    resampler = Resampler(
+        embedding_dim=16, dim=16, depth=1, dim_head=8, heads=2, num_queries=3, output_dim=16
+    )
+    state = {f"resampler.{k}": v for k, v in resampler.state_dict().items()}
+    path = save_weights(tmp_path / "adapter.safetensors", state)
+    module = cama_module(resampler_weights=str(path))
+    assert torch.equal(module.resampler.latents, resampler.latents)
+    state["resampler.latents"] = state["resampler.latents"][:, :2].clone()
+    save_weights(path, state)
+    with pytest.raises(MotionRAGError, match=r"resampler.latents \(1, 2, 16\) instead of \(1, 3, 16\)"):
+        cama_module(resampler_weights=str(path))

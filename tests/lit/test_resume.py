@@ -1,0 +1,23 @@
+"""A killed run that continues gives the losses of one that was never killed."""
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+@pytest.mark.parametrize("stage", ["adapter_module", "cama_module"])
+def test_kill_and_resume(stage, request, fit, interrupt, tmp_path):
+    make = request.getfixturevalue(stage)
+    validation = {"val_check_interval": 3}
+    whole, _ = fit(make(), 9, **validation)
+
+    every = {
+        "dirpath": tmp_path,
+        "filename": "last",
+        "every_n_train_steps": 2,
+        "enable_version_counter": False,
+    }
+    killed, _ = fit(make(), 9, interrupt(stop=5), ModelCheckpoint(**every), **validation)
+    resumed, _ = fit(make(), 9, ckpt_path=tmp_path / "last.ckpt", **validation)
+
+    assert list(killed) == [1, 2, 3, 4, 5] and list(resumed) == [5, 6, 7, 8, 9]
+    assert killed | resumed == whole
