@@ -40,6 +40,14 @@ def crop(video: torch.Tensor, place: torch.Tensor, side: int = 16) -> torch.Tens
     )
 
 
+def weighted_error(output: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
+    """Absolute and squared error; the object fills a tenth of the picture and is what matters, so it weighs more."""
+    middle = video.flatten(3).median(-1).values[..., None, None]
+    weight = 1 + 4 * ((video - middle).abs().amax(1, keepdim=True) > 0.3).float()
+    error = output - video
+    return (weight * (error.abs() + 2 * error.square())).mean()
+
+
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     """Mean PSNR in dB over clips; inputs (B, ...) in [-1, 1]."""
     mse = (a.clamp(-1, 1) - b).square().flatten(1).mean(1) / 4
@@ -80,11 +88,7 @@ def main():
         # fixed and small, and the posterior's variance is only pulled to the same value.
         posterior = vae.encode(video).latent_dist
         output = vae.decode(posterior.mean + NOISE * torch.randn_like(posterior.mean)).sample
-        # The object fills a tenth of the picture and is all that matters: weigh it up.
-        middle = video.flatten(3).median(-1).values[..., None, None]
-        weight = 1 + 4 * ((video - middle).abs().amax(1, keepdim=True) > 0.3).float()
-        error = output - video
-        reconstruction = (weight * (error.abs() + 2 * error.square())).mean()
+        reconstruction = weighted_error(output, video)
         variance = (posterior.logvar - 2 * math.log(NOISE)).square().mean()
         size = posterior.mean.square().mean()
         opt.zero_grad()

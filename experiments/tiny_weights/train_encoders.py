@@ -194,7 +194,7 @@ def main():
         args.steps = args.steps or 2500
         train_motion(args)
     else:
-        args.steps = args.steps or 1500
+        args.steps = args.steps or 1000
         train_appearance(args)
 
 

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Trains everything under src/motionrag/weights/tiny from nothing, in order; `make weights` runs it. Logs: logs/*.csv.
+set -euo pipefail
+cd "$(dirname "$0")"
+python train_autoencoder.py
+python refine_decoder.py
+python ship.py networks vae
+python cache.py text
+python cache.py latents
+python train_backbone.py
+python train_encoders.py motion
+python train_encoders.py appearance
+python ship.py networks transformer videomae dinov2
+cd ../..
+runs=outputs/tiny_weights
+motionrag train experiment=tiny_adapter hydra.run.dir=$runs/adapter
+motionrag train experiment=tiny_cama hydra.run.dir=$runs/cama \
+    resampler_weights=$runs/adapter/weights/adapter.safetensors
+python experiments/tiny_weights/ship.py stages $runs/adapter/weights/adapter.safetensors $runs/cama/weights/cama.safetensors
+for stage in adapter cama; do
+    cp "$(ls $runs/$stage/csv/version_*/metrics.csv | tail -n 1)" experiments/tiny_weights/logs/$stage.csv
+done
+python experiments/tiny_weights/train_backbone.py --check
