@@ -209,16 +209,11 @@ class CaptionEncoder(FrozenEncoder):
     """A sentence encoder for captions and queries.
 
     path: the default is MiniLM from the package of that name and needs no network; otherwise ``pkg:NAME``,
-    a folder or a hub id that sentence-transformers can load. trust_remote_code: for models that bring their
-    own code. Attributes: name, width (D).
+    a folder or a hub id that sentence-transformers can load. Models that bring their own code are refused:
+    nothing fetched from a hub is ever run. Attributes: name, width (D).
     """
 
-    def __init__(
-        self,
-        path: str = _PACKAGED_CAPTION_ENCODER,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-    ) -> None:
+    def __init__(self, path: str = _PACKAGED_CAPTION_ENCODER, revision: str | None = None) -> None:
         super().__init__(path)
         from sentence_transformers import SentenceTransformer
 
@@ -229,11 +224,7 @@ class CaptionEncoder(FrozenEncoder):
             folder = str(get_model_path())
         try:
             self.model = SentenceTransformer(
-                folder,
-                device="cpu",
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                local_files_only=Path(folder).is_dir(),
+                folder, device="cpu", revision=revision, local_files_only=Path(folder).is_dir()
             ).float()
         except OSError as error:
             raise _not_loaded(path, error) from error

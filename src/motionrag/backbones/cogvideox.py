@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox_image2video import get_resize_crop_region_for_grid
+from diffusers.utils import is_accelerate_available
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -124,7 +125,9 @@ class CogVideoX:
         folder, precision = resolve_weights(path), getattr(torch, dtype)
         try:
             parts = [
-                kind.from_pretrained(folder, subfolder=sub, torch_dtype=precision)
+                kind.from_pretrained(
+                    folder, subfolder=sub, torch_dtype=precision, low_cpu_mem_usage=is_accelerate_available()
+                )
                 for kind, sub in (
                     (AutoencoderKLCogVideoX, "vae"),
                     (CogVideoXTransformer3DModel, "transformer"),

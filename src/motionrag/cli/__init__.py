@@ -264,6 +264,8 @@ def _launch(verb: str, words: list[str]) -> int:
             return None
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand errors to main() instead of printing them
+    # One bar for every part of every network that is loaded would bury ours; 0 shows them, downloads too.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     before = sys.argv
     sys.argv = [before[0], *overrides]
     try:

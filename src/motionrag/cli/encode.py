@@ -20,11 +20,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """Write the token store, or what is missing of it; see ``conf/encode.yaml`` for the keys."""
     import torch
     from hydra.utils import instantiate
-    from transformers.utils import logging
 
     from motionrag.data.shards import ShardIndex
 
-    logging.disable_progress_bar()  # ours counts clips
     shards = ShardIndex.open(str(cfg.shards))
     encoders = instantiate(cfg.encoders, _convert_="all")
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,11 +14,9 @@ if TYPE_CHECKING:
 def build(cfg: DictConfig) -> MotionRAG:
     """The networks that ``generate`` and ``evaluate`` share, from their configs."""
     from hydra.utils import instantiate
-    from transformers.utils import logging
 
     from motionrag.generate import MotionRAG
 
-    logging.disable_progress_bar()
     return MotionRAG(
         backbone=instantiate(cfg.backbone),
         motion_encoder=instantiate(cfg.encoders.motion),

@@ -20,13 +20,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from hydra.utils import instantiate
     from rich.console import Console
     from rich.table import Table
-    from transformers.utils import logging
 
     from motionrag.io import atomic_path, write_json
     from motionrag.retrieval.database import RetrievalDatabase, check_depth
     from motionrag.retrieval.retrievers import TextRetriever
 
-    logging.disable_progress_bar()
     db = RetrievalDatabase(str(cfg.db))
     check_depth(db, int(cfg.k))  # before the encoder is loaded
     retriever = TextRetriever(db, instantiate(cfg.encoders.caption))
