@@ -67,7 +67,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     write_json(out / "metrics.json", result)
     shown.write(per_clip)
     write_csv(out / "per_clip.csv", per_clip)
-    Console().print(rich_table(table))
+    Console().print(*rich_tables(table))
     best = {d: v["action_score"] for d, v in table[conditions[-1 if len(conditions) < 2 else 1]].items()}
     first = {d: v["action_score"] for d, v in table[conditions[0]].items()}
     summary = ", ".join(f"{d}: {first[d]:.1f} -> {best[d]:.1f}" for d in first)
@@ -300,17 +300,20 @@ def write_csv(path: Path, per_clip: dict[str, dict[str, dict[str, float]]]) -> N
         writer.writerows(rows)
 
 
-def rich_table(table: dict[str, dict[str, dict[str, float]]]) -> Any:
-    """The means for the terminal."""
+def rich_tables(table: dict[str, dict[str, dict[str, float]]]) -> list[Any]:
+    """The means for the terminal, one table for each domain that fits 80 columns; the best value is bold."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    first = next(iter(table.values()))
-    columns = [(domain, name) for domain, row in first.items() for name in row]
-    shown = Table("condition", *(f"{name}\n{domain}" for domain, name in columns))
-    for condition, row in table.items():
-        shown.add_row(condition, *(_digits(row[domain][name]) for domain, name in columns))
+    from motionrag.report import metric_table
+
+    shown = []
+    for domain in next(iter(table.values())):
+        page = metric_table({condition: {domain: row[domain]} for condition, row in table.items()}, {})
+        one = Table("condition", title=page.domains[0][0], title_justify="left", box=SIMPLE_HEAD)
+        for heading in page.columns:
+            one.add_column(heading, justify="right")
+        for condition, (_, cells) in zip(table, page.rows, strict=True):
+            one.add_row(condition, *(f"[bold]{cell.text}[/]" if cell.best else cell.text for cell in cells))
+        shown.append(one)
     return shown
-
-
-def _digits(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.2f}"
