@@ -47,6 +47,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     db.check_encoders({"motion": model.motion_encoder, "appearance": model.appearance_encoder})
     clips = read_split(Path(str(cfg.shards)), model.backbone, cfg.limit)
     finder = References(db, instantiate(cfg.encoders.caption), int(cfg.k), int(cfg.seed))
+    if "known_only" in conditions:
+        check_depth(db, int(cfg.k), len(finder.new))  # now, not after the conditions before it
     scores = Scores(model, bool(cfg.trajectory))
     out = Path(str(cfg.out) if cfg.out else HydraConfig.get().runtime.output_dir)
     shown = Gallery(out, db, model.backbone.fps, int(cfg.save_clips), finder)
@@ -119,11 +121,17 @@ class References:
 
         self.db, self.k = db, k
         self.text, self.random = TextRetriever(db, encoder), RandomRetriever(db, seed)
-        self.new = {clip_id for clip_id in db.ids if db.clip(clip_id)["metadata"].get("domain") == "new"}
+        self.new: set[str] = set()
+        self.by_source: dict[str, set[str]] = {}
+        for clip_id in db.ids:
+            clip = db.clip(clip_id)
+            self.by_source.setdefault(clip["source"], set()).add(clip_id)
+            if clip["metadata"].get("domain") == "new":
+                self.new.add(clip_id)
 
     def __call__(self, clip: dict[str, Any], condition: str) -> tuple[list[str], np.ndarray]:
         """Ids nearest first, and scores."""
-        own = self.db.same_source(clip["id"]) if clip["id"] in self.db else set()
+        own = self.by_source.get(clip["source"], set())
         if condition == "random":
             return self.random.retrieve(clip["motion_caption"], self.k, own)
         return self.text.retrieve(
