@@ -126,6 +126,11 @@ def test_clips_of_one_source_stay_on_one_side():
     assert again.val_part.indices == data.val_part.indices
 
 
+def test_one_source_at_least_is_held_out():
+    assert len(module(Numbers(3), val_share=0.001).val_part) == 1
+    assert len(module(Numbers(3), val_share=0).val_part) == 0
+
+
 def test_split_by_column():
     assert module(Numbers(8), split_column="split").val_part.indices == [0, 4]
     with pytest.raises(MotionRAGError, match="no training clips"):

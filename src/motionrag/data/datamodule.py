@@ -271,7 +271,10 @@ class MotionDataModule(L.LightningDataModule):
         if split_column:
             held_out = [value == "val" for value in clips.split(split_column)]
         else:
-            held_out = [_share(source) < val_share for source in clips.sources]
+            shares = [_share(source) for source in clips.sources]
+            # of very few clips none may fall below the share: then the lowest source is held out
+            limit = max(val_share, min(shares) * (1 + 1e-9)) if val_share else 0.0
+            held_out = [share < limit for share in shares]
         self.train_part = Part(clips, [i for i, val in enumerate(held_out) if not val])
         self.val_part = Part(clips, [i for i, val in enumerate(held_out) if val])
         if not len(self.train_part):

@@ -1,0 +1,143 @@
+"""motionrag train: every shipped config composes, the small ones run, mistakes get one line."""
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from motionrag.checkpoint import read_weights
+from motionrag.cli import train
+from motionrag.errors import MotionRAGError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+TRAINING = [
+    name
+    for name in EXPERIMENTS
+    if (text := (CONF / "experiment" / f"{name}.yaml").read_text()) and "/stage" in text
+]
+QUIET = ["callbacks.progress.refresh_rate=0", "logger=csv"]
+
+
+def config(*overrides):
+    """The composed config of `motionrag train`."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return compose("train", overrides=list(overrides))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Overrides that name shards and database of 20 synthetic clips, encoded with the shipped encoders."""
+    out = tmp_path_factory.mktemp("world") / "data"
+    cfg = config("stage=adapter", "run_dir=.", "shards=.", "db=.")
+    train.make_motionworld(str(out), 20, 0, {"known": 1.0}, cfg.encoders)
+    return ["make=null", f"shards={out}/shards", f"db={out}/db"]
+
+
+def losses(run_dir, name="train/loss"):
+    """Logged values by step, of all CSV files of a run."""
+    rows = []
+    for path in sorted(Path(run_dir).rglob("metrics.csv")):
+        rows += list(csv.DictReader(path.open()))
+    return {int(row["step"]): float(row[name]) for row in rows if row.get(name)}
+
+
+@pytest.mark.parametrize("experiment", TRAINING)
+def test_every_experiment_composes_and_resolves(experiment):
+    cfg = config(f"experiment={experiment}", "run_dir=RUN")
+    for key in ("shards", "db", "resampler_weights"):  # what only the user knows
+        if key in cfg and OmegaConf.is_missing(cfg, key):
+            cfg[key] = "given"
+    OmegaConf.resolve(cfg)
+    with torch.device("meta"):
+        resampler = instantiate(cfg.resampler)
+        cama = instantiate(cfg.cama)
+    if cfg.stage_name == "cama":
+        assert (resampler.tokens, resampler.output_dim) == (cama.tokens, cama.width)
+        assert (cfg.k + 1) * cama.tokens <= cfg.cama.max_positions
+
+
+@pytest.mark.parametrize(
+    "group", ["trainer", "logger", "callbacks", "motion_adapter", "resampler", "cama", "encoders", "backbone"]
+)
+def test_every_choice_composes(group):
+    for path in (CONF / group).glob("*.yaml"):
+        cfg = config(f"{group}={path.stem}", "run_dir=RUN", "shards=S", "db=D")
+        OmegaConf.resolve(cfg)
+        assert "_target_" in cfg[group] or all("_target_" in part for part in cfg[group].values())
+
+
+@pytest.mark.parametrize("experiment", [name for name in TRAINING if not name.startswith("cogvideox")])
+def test_small_experiments_run_a_step(experiment, world, tmp_path):
+    extra = ["k=3", "resampler_weights=null"] if experiment.endswith("cama") else []
+    names = [name for name in world if not (experiment.endswith("cama") and name.startswith("shards"))]
+    sizes = ["trainer.max_steps=2", "data.batch_size=2", "data.val_batches=1", "trainer.val_check_interval=2"]
+    cfg = config(f"experiment={experiment}", f"run_dir={tmp_path}", *names, *extra, *sizes, *QUIET)
+    cfg.trainer.log_every_n_steps = 1
+    cfg.data.val_share = 0.2
+    results = train.run(cfg)
+    assert results["steps"] == 2 and len(losses(tmp_path)) == 2
+    assert all(math.isfinite(value) for value in results["metrics"].values())
+    state, manifest = read_weights(results["weights"])
+    assert {k.split(".")[0] for k in state} == (
+        {"cama"} if cfg.stage_name == "cama" else {"resampler", "motion_adapter"}
+    )
+    assert manifest["about"]["encoders"]["motion"]["width"] == 96
+    assert results["trainable_parameters"] == sum(v.numel() for v in state.values())
+
+
+def smoke(world, run_dir, *overrides):
+    """The smoke experiment on ready data."""
+    return train.run(config("experiment=smoke", f"run_dir={run_dir}", *world, *QUIET, *overrides))
+
+
+def test_continuing_a_run_gives_the_same_losses(world, tmp_path):
+    smoke(world, tmp_path / "whole")
+    smoke(world, tmp_path / "parts", "trainer.max_steps=2")
+    smoke(world, tmp_path / "parts", "ckpt_path=last")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    validated = losses(tmp_path / "whole", "val/loss")
+    assert list(validated) == [1, 3] and losses(tmp_path / "parts", "val/loss") == validated
+
+
+def test_two_processes(motionrag, tmp_path):
+    done = motionrag("train", "experiment=smoke", "trainer=ddp_cpu", "hydra.run.dir=run", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "run")) == 4
+    assert "4 steps" in done.stdout
+
+
+def test_wandb_offline(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logger = train.wandb_logger(save_dir=str(tmp_path), project="motionrag", group="test")
+    assert logger._offline
+
+
+def test_mistakes_get_one_line(world, tmp_path):
+    run = f"run_dir={tmp_path / 'run'}"
+    with pytest.raises(MotionRAGError, match="no such checkpoint"):
+        smoke(world, tmp_path, "ckpt_path=none.ckpt")
+    with pytest.raises(MotionRAGError, match="motion features of width 96, this configuration expects 768"):
+        cama = ["experiment=smoke_cama", *(name for name in world if not name.startswith("shards"))]
+        train.run(config(*cama, run, *QUIET, "resampler.embedding_dim=768"))
+    smoke(world, tmp_path / "run")
+    with pytest.raises(
+        MotionRAGError, match=r"of another size: resampler.latents \(1, 8, 128\) instead of \(1, 8, 64\)"
+    ):
+        smoke(
+            world, tmp_path / "other", f"ckpt_path={tmp_path}/run/checkpoints/last.ckpt", "resampler.dim=64"
+        )
+
+
+def test_data_is_made_once(world, capsys):
+    folder = Path(world[1].removeprefix("shards=")).parent
+    before = (folder / "recipe.json").stat().st_mtime_ns
+    train.make_motionworld(str(folder), 20, 0, {"known": 1.0}, OmegaConf.create())
+    assert (folder / "recipe.json").stat().st_mtime_ns == before
+    with pytest.raises(MotionRAGError, match="clips of another recipe"):
+        train.make_motionworld(str(folder), 21, 0, {"known": 1.0}, OmegaConf.create())
