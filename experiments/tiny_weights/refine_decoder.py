@@ -1,6 +1,6 @@
 """Train the autoencoder's decoder on, with the encoder fixed: sharper objects, and the cached latents stay valid.
 
-    python experiments/tiny_weights/refine_decoder.py
+Run: python experiments/tiny_weights/refine_decoder.py
 """
 
 import argparse
@@ -19,7 +19,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     start(args.seed)
-    vae, log = AutoencoderKLCogVideoX.from_pretrained(WEIGHTS / "vae", torch_dtype=torch.float32), Log("decoder")
+    vae = AutoencoderKLCogVideoX.from_pretrained(WEIGHTS / "vae", torch_dtype=torch.float32)
+    log = Log("decoder")
     vae.requires_grad_(False)
     decoder = vae.decoder.train().requires_grad_(True)
     opt, plan = optimizer(decoder.parameters(), args.lr, args.steps, weight_decay=0.0)
