@@ -125,6 +125,8 @@ def test_mistakes_get_one_line(world, tmp_path):
     with pytest.raises(MotionRAGError, match="motion features of width 96, this configuration expects 768"):
         cama = ["experiment=smoke_cama", *(name for name in world if not name.startswith("shards"))]
         train.run(config(*cama, run, *QUIET, "resampler.embedding_dim=768"))
+    with pytest.raises(MotionRAGError, match="trainer: .*devices.*trainer.devices=N"):
+        smoke(world, tmp_path, "trainer.devices=two")
     smoke(world, tmp_path / "run")
     with pytest.raises(
         MotionRAGError, match=r"of another size: resampler.latents \(1, 8, 128\) instead of \(1, 8, 64\)"

@@ -23,7 +23,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     import lightning as L
     import transformers
+    from hydra.errors import InstantiationException
     from hydra.utils import instantiate
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from motionrag.checkpoint import count_parameters, read_weights
     from motionrag.errors import MotionRAGError
@@ -45,12 +47,21 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     data = instantiate(cfg.data, clips=clips)
     weights = run_dir / "weights" / f"{cfg.stage_name}.safetensors"
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
-    trainer = instantiate(
-        cfg.trainer,
-        callbacks=[*callbacks, SaveWeights(weights, about)],
-        logger=[instantiate(logger) for logger in cfg.logger.values()],
-        default_root_dir=str(run_dir),
-    )
+    try:
+        trainer = instantiate(
+            cfg.trainer,
+            callbacks=[*callbacks, SaveWeights(weights, about)],
+            logger=[instantiate(logger) for logger in cfg.logger.values()],
+            default_root_dir=str(run_dir),
+        )
+    except InstantiationException as error:
+        if isinstance(
+            error.__cause__, MisconfigurationException
+        ):  # e.g. no GPU here, more devices than there are
+            raise MotionRAGError(
+                f"trainer: {error.__cause__} (choose with trainer=NAME, trainer.devices=N)"
+            ) from error
+        raise
     trainable = count_parameters(module.parameters())
     print(
         f"{cfg.name}: {trainable:,} trainable parameters, {len(data.train_part)} training and "
