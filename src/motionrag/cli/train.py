@@ -55,9 +55,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             default_root_dir=str(run_dir),
         )
     except InstantiationException as error:
-        if isinstance(
-            error.__cause__, MisconfigurationException
-        ):  # e.g. no GPU here, more devices than there are
+        # no GPU here, more devices than there are, ...
+        if isinstance(error.__cause__, MisconfigurationException | TypeError | ValueError):
             raise MotionRAGError(
                 f"trainer: {error.__cause__} (choose with trainer=NAME, trainer.devices=N)"
             ) from error
