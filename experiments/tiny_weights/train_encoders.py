@@ -5,7 +5,7 @@
 
 The VideoMAE learns to name the 46 known motions and, on compound motions as well, to read the object's path off the
 clip; the DINOv2 learns to read looks and place off single frames. Neither sees a motion of the new domain.
-Gates: 85 % of known motions named on held-out clips; shape named in 90 % of held-out frames.
+Gates, on held-out clips: 85 % of known motions named; the object found to 1.5 px on single frames.
 """
 
 import argparse
@@ -167,18 +167,18 @@ def train_appearance(args):
                 check, out = forward(video_check, truth, frame_check)
                 shape = float((out["shape"].argmax(1) == truth["shape"]).float().mean())
                 true_place = truth["place"][torch.arange(512), frame_check[:, 0], :2]
-                place = (out["place"][:, :2] - true_place).norm(dim=1).mean()
+                place_px = float((out["place"][:, :2] - true_place).norm(dim=1).mean()) / 4 * SIZE
                 log.write(
                     step=step,
                     loss=float(loss),
                     held_out=float(check),
                     shape=shape,
-                    place_px=float(place) / 4 * SIZE,
+                    place_px=place_px,
                 )
             model.save_pretrained(WEIGHTS / "dinov2")
             model.load_state_dict(raw)
-    if shape < 0.9:
-        raise SystemExit(f"gate failed: shape accuracy {shape:.3f} below 0.90")
+    if place_px > 1.5:
+        raise SystemExit(f"gate failed: the object's place is off by {place_px:.2f} px, more than 1.5")
 
 
 def main():

@@ -22,6 +22,9 @@ class Backbone(Protocol):
     fps: float
     denoiser: nn.Module
 
+    def to(self, device: torch.device | str) -> "Backbone":
+        """Move the denoiser and the autoencoder."""
+
     def encode_video(self, video: Tensor) -> Tensor:
         """Video (B, T, 3, H, W) -> scaled latents (B, F, C, h, w)."""
 
