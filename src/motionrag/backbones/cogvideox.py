@@ -89,6 +89,8 @@ class CogVideoX:
         text: callable, prompts -> text states.
         frames, fps: clip length and rate it is used with; the picture size is the VAE's.
         name: what results and checkpoints call it.
+        min_timestep: lowest time step that training draws. Motion is decided at high noise, so a short Stage 1 learns
+            more from there; 0 is the reference.
     """
 
     def __init__(
@@ -100,9 +102,10 @@ class CogVideoX:
         frames: int,
         fps: float = 8.0,
         name: str = "cogvideox",
+        min_timestep: int = 0,
     ):
         self.vae, self.denoiser, self.scheduler, self.text = vae, transformer, scheduler, text
-        self.frames, self.fps, self.name = frames, fps, name
+        self.frames, self.fps, self.name, self.min_timestep = frames, fps, name, min_timestep
         self.spatial = 2 ** (len(vae.config.block_out_channels) - 1)
         self.height = transformer.config.sample_height * self.spatial
         self.width = transformer.config.sample_width * self.spatial
@@ -116,7 +119,7 @@ class CogVideoX:
     @classmethod
     def load(
         cls, path: str, text: Callable[[Sequence[str]], Tensor] | None = None, frames: int = 17, fps: float = 8.0,
-        dtype: str = "float32", name: str = "cogvideox",
+        dtype: str = "float32", name: str = "cogvideox", min_timestep: int = 0,
     ) -> CogVideoX:  # fmt: skip
         """Read vae/, transformer/ and scheduler/ from a folder, `pkg:NAME` or hub id.
 
@@ -141,7 +144,7 @@ class CogVideoX:
                 f"backbone {path!r} cannot be loaded ({reason}); expected a folder or hub id with vae/, transformer/ "
                 "and scheduler/"
             ) from error
-        return cls(*parts, scheduler, text, frames, fps, name)
+        return cls(*parts, scheduler, text, frames, fps, name, min_timestep)
 
     @classmethod
     def tiny(
@@ -235,9 +238,12 @@ class CogVideoX:
     def loss(
         self, latents: Tensor, image_latents: Tensor, text: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """v-prediction MSE at uniform time steps, a scalar; equals the reference's weighted x0 loss."""
+        """v-prediction MSE at uniform time steps from `min_timestep` on, a scalar.
+
+        Equals the reference's weighted x0 loss when `min_timestep` is 0.
+        """
         steps = self.scheduler.config.num_train_timesteps
-        timesteps = torch.randint(0, steps, (len(latents),), generator=generator).to(latents.device)
+        timesteps = torch.randint(self.min_timestep, steps, (len(latents),), generator=generator).to(latents.device)
         noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
         abar = self.scheduler.alphas_cumprod.to(latents.device)[timesteps]
         velocity = self.predict(add_noise(latents, noise, abar), image_latents, text, timesteps)
