@@ -88,9 +88,15 @@ class MotionRAG:
         """The image's motion tokens (B, l, d) as CAMA predicts them.
 
         reference_motion (B, K, N, D) and reference_appearance (B, K, M, E) nearest first, image (B, 3, H, W).
+        Raises MotionRAGError for more references than CAMA has positions for.
         """
         if self.cama is None:
             raise MotionRAGError("these weights hold no CAMA: train Stage 2 (motionrag train stage=cama)")
+        most = len(self.cama.motion_positions.table) // self.cama.tokens - 1
+        if reference_motion.shape[1] > most:
+            raise MotionRAGError(
+                f"k={reference_motion.shape[1]}: this CAMA takes at most {most} reference clips; lower k"
+            )
         return self.cama.predict(
             self.motion_tokens(reference_motion), reference_appearance, self.appearance_encoder(image)
         )
@@ -123,7 +129,11 @@ class MotionRAG:
             tokens: motion tokens (B, l, d); None runs the bare backbone.
             seeds: one for each clip; the same seed gives the same noise with and without tokens.
             motion_scale: weight of the adapter's branch.
+
+        Raises MotionRAGError for less than one step.
         """
+        if steps < 1:
+            raise MotionRAGError(f"steps={steps}: expected at least 1 denoising step")
         text, null_text = self.backbone.encode_text(prompts), self.backbone.encode_text([""])
         options = dict(steps=steps, guidance=guidance, seeds=seeds, progress=progress)
         if tokens is None:
@@ -153,17 +163,17 @@ def fit(images: Tensor, height: int, width: int) -> Tensor:
     return images[..., top : top + height, left : left + width]
 
 
-def read_image(path: str | Path, height: int, width: int) -> Tensor:
-    """An image file -> (1, 3, height, width) float32 in [-1, 1]. Raises MotionRAGError if it is not one."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+def read_image(path: str | Path) -> Tensor:
+    """An image file -> (1, 3, H, W) float32 in [-1, 1], upright. Raises MotionRAGError if it is not one."""
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as picture:
-            pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+            pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
     except (FileNotFoundError, IsADirectoryError) as error:
         raise MotionRAGError(f"image={path}: no such file; give a picture (png, jpg, webp)") from error
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise MotionRAGError(
             f"image={path}: not a readable picture ({error}); give a png, jpg or webp"
         ) from error
-    return fit(to_float(pixels)[None], height, width)
+    return to_float(pixels)[None]

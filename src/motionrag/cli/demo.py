@@ -100,7 +100,8 @@ class Steps:
         """`motionrag verb overrides...`, without starting Python again; returns its results."""
         from hydra import compose
 
-        print(f"\n$ motionrag {verb} {' '.join(shlex.quote(o) for o in overrides)}", flush=True)
+        words = [word if shlex.quote(word) == word else f'"{word}"' for word in overrides]
+        print(f"\n$ motionrag {verb} {' '.join(words)}", flush=True)
         with self.timed(verb):
             cfg = compose(config_name=verb, overrides=list(overrides))
             result = importlib.import_module(f"motionrag.cli.{verb}").run(cfg)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from motionrag.generate import MotionRAG
     from motionrag.retrieval.database import RetrievalDatabase
+    from motionrag.retrieval.retrievers import Retriever
 
 CONDITIONS = ("backbone", "motionrag", "mean", "random", "oracle", "known_only", "still")
 SHOWN_SIDE = 160  # kept clips are enlarged to about this, so that a browser shows them well
@@ -46,7 +47,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     model = build(cfg)
     db.check_encoders({"motion": model.motion_encoder, "appearance": model.appearance_encoder})
     clips = read_split(Path(str(cfg.shards)), model.backbone, cfg.limit)
-    finder = References(db, instantiate(cfg.encoders.caption), int(cfg.k), int(cfg.seed))
+    finder = References(db, instantiate(cfg.retriever, db=db), int(cfg.k), int(cfg.seed))
     if "known_only" in conditions:
         check_depth(db, int(cfg.k), len(finder.new))  # now, not after the conditions before it
     scores = Scores(model, bool(cfg.trajectory))
@@ -116,11 +117,11 @@ def read_split(shards: Path, backbone: Any, limit: int | None) -> list[dict[str,
 class References:
     """Finds the reference clips of a test clip, by its motion caption; never clips of its own source."""
 
-    def __init__(self, db: RetrievalDatabase, encoder: Any, k: int, seed: int):
-        from motionrag.retrieval.retrievers import RandomRetriever, TextRetriever
+    def __init__(self, db: RetrievalDatabase, retriever: Retriever, k: int, seed: int):
+        from motionrag.retrieval.retrievers import RandomRetriever
 
         self.db, self.k = db, k
-        self.text, self.random = TextRetriever(db, encoder), RandomRetriever(db, seed)
+        self.retriever, self.random = retriever, RandomRetriever(db, seed)
         self.new: set[str] = set()
         self.by_source: dict[str, set[str]] = {}
         for clip_id in db.ids:
@@ -134,7 +135,7 @@ class References:
         own = self.by_source.get(clip["source"], set())
         if condition == "random":
             return self.random.retrieve(clip["motion_caption"], self.k, own)
-        return self.text.retrieve(
+        return self.retriever.retrieve(
             clip["motion_caption"], self.k, own | (self.new if condition == "known_only" else set())
         )
 

@@ -38,31 +38,35 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     from motionrag.data.video import read_clip, write_mp4
     from motionrag.errors import MotionRAGError
-    from motionrag.generate import read_image, to_float, to_uint8
+    from motionrag.generate import fit, read_image, to_float, to_uint8
     from motionrag.retrieval.database import RetrievalDatabase, check_depth
-    from motionrag.retrieval.retrievers import TextRetriever
 
     if cfg.db and cfg.references:
         raise MotionRAGError(
             "both db and references are given: choose a database or your own reference clips"
         )
+    out = Path(str(cfg.out) if cfg.out else Path(HydraConfig.get().runtime.output_dir) / "video.mp4")
+    if out.is_dir():
+        raise MotionRAGError(f"out={out} is a folder: give the name of an mp4 file")
+    picture = read_image(str(cfg.image))
     db = RetrievalDatabase(str(cfg.db)) if cfg.db else None
     if db:
         check_depth(db, int(cfg.k))  # before any network is loaded
     model = build(cfg)
     backbone = model.backbone
-    image = read_image(str(cfg.image), backbone.height, backbone.width)
+    image = fit(picture, backbone.height, backbone.width)
     used: list[dict[str, Any]] = []
     tokens = None
     if db:
         db.check_encoders({"motion": model.motion_encoder, "appearance": model.appearance_encoder})
-        retriever = TextRetriever(db, instantiate(cfg.encoders.caption))
+        retriever = instantiate(cfg.retriever, db=db)
         ids, scores = retriever.retrieve(str(cfg.motion_prompt or cfg.prompt), int(cfg.k))
         features = db.motion_features(ids)[None], db.appearance_features(ids)[None]
         tokens = model.adapt(*features, image)
         used = [{"score": s, **db.clip(i)} for i, s in zip(ids, scores.tolist(), strict=True)]
     elif cfg.references:
-        clips = [to_float(read_clip(str(path)).frames) for path in cfg.references]
+        frames = model.motion_encoder.frames  # no more of them: a reference may be long
+        clips = [to_float(read_clip(str(path), frames=frames).frames) for path in cfg.references]
         tokens = model.adapt(*model.encode_references(clips), image)
         used = [{"video": str(path)} for path in cfg.references]
     start = time.perf_counter()
@@ -71,7 +75,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         motion_scale=float(cfg.motion_scale), progress=True,
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    out = Path(str(cfg.out) if cfg.out else Path(HydraConfig.get().runtime.output_dir) / "video.mp4")
     write_mp4(out, to_uint8(video[0]), backbone.fps)
     source = f"{len(used)} references" if used else "no references"
     frames, _, height, width = video.shape[1:]

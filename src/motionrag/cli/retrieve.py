@@ -23,11 +23,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     from motionrag.io import atomic_path, write_json
     from motionrag.retrieval.database import RetrievalDatabase, check_depth
-    from motionrag.retrieval.retrievers import TextRetriever
 
     db = RetrievalDatabase(str(cfg.db))
     check_depth(db, int(cfg.k))  # before the encoder is loaded
-    retriever = TextRetriever(db, instantiate(cfg.encoders.caption))
+    retriever = instantiate(cfg.retriever, db=db)
     ids, scores = retriever.retrieve(str(cfg.prompt), int(cfg.k))
 
     references = []
