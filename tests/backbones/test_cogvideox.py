@@ -1,0 +1,62 @@
+"""CogVideoX beyond the contract: reading folders, its text encoder."""
+
+import pytest
+import torch
+
+from motionrag.backbones.cogvideox import CogVideoX, SentenceText
+from motionrag.errors import MotionRAGError
+
+
+def words(prompts):
+    """Text states without a text encoder."""
+    rows = [torch.randn(24, 384, generator=torch.Generator().manual_seed(len(text))) for text in prompts]
+    return torch.stack(rows)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return CogVideoX.tiny(text=words, num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cogvideox")
+    for name, part in (("vae", tiny.vae), ("transformer", tiny.denoiser), ("scheduler", tiny.scheduler)):
+        part.save_pretrained(folder / name)
+    return folder
+
+
+def test_a_saved_one_is_the_same(tiny, folder):
+    loaded = CogVideoX.load(str(folder), words, frames=9, name="copy")
+    assert (loaded.frames, loaded.height, loaded.width, loaded.name) == (9, 32, 32, "copy")
+    image = torch.zeros(1, 3, 32, 32)
+    videos = [b.sample(image, words(["x"]), words([""]), steps=2, seeds=[0]) for b in (tiny, loaded)]
+    assert torch.equal(*videos)
+    assert not loaded.denoiser.training and not loaded.vae.training
+
+
+def test_loading_is_silent(folder, capfd):
+    CogVideoX.load(str(folder), words, frames=9)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("missing", ["vae", "transformer", "scheduler", "all"])
+def test_missing_parts_are_one_line(folder, tmp_path, missing):
+    for part in {"vae", "transformer", "scheduler"} - {missing}:
+        if missing != "all":
+            (tmp_path / part).symlink_to(folder / part)
+    with pytest.raises(MotionRAGError, match="expected a folder or hub id with vae/, transformer/") as error:
+        CogVideoX.load(str(tmp_path), words, frames=9)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_frames_that_do_not_fit_the_autoencoder(folder):
+    with pytest.raises(MotionRAGError, match=r"frames=8, expected 1 \+ a multiple of 2"):
+        CogVideoX.load(str(folder), words, frames=8)
+
+
+def test_sentence_states_are_zero_where_there_is_no_token():
+    text = SentenceText(max_length=12)
+    states = text(["a ball rolls", ""])
+    assert states.shape == (2, 12, 384)
+    assert (states.abs().sum(-1) > 0).sum(1).tolist() == [5, 2]  # start and end count

@@ -1,0 +1,341 @@
+"""What every backbone owes to training, generation and evaluation, checked on its tiny form with random weights.
+
+A new backbone joins with one line in ``BACKBONES``.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from motionrag.backbones.base import Backbone, MotionInput
+from motionrag.backbones.cogvideox import CogVideoX
+from motionrag.errors import MotionRAGError
+from motionrag.modules.motion_adapter import MotionAdapter
+from motionrag.modules.resampler import Resampler
+
+BACKBONES = {"cogvideox": CogVideoX.tiny}  # name -> a tiny one, the same at every call
+
+TOKENS, WIDTH = 8, 16  # of the motion tokens
+PROMPTS = ["a ball rolls to the left", "a wheel turns"]
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def backbone(request) -> Backbone:
+    return BACKBONES[request.param]()
+
+
+@dataclass
+class Clips:
+    """Two clips, as the training loss and as sampling take them."""
+
+    video: Tensor
+    latents: Tensor
+    image_latents: Tensor
+    text: Tensor
+    null_text: Tensor
+
+    @property
+    def image(self) -> Tensor:
+        return self.video[:, 0]
+
+
+@pytest.fixture(scope="module")
+def clips(backbone) -> Clips:
+    video = noise((2, backbone.frames, 3, backbone.height, backbone.width), 0).clamp(-1, 1)
+    return Clips(
+        video,
+        backbone.encode_video(video),
+        backbone.encode_image(video[:, 0]),
+        backbone.encode_text(PROMPTS),
+        backbone.encode_text([""]),
+    )
+
+
+@pytest.fixture
+def adapter(backbone):
+    """An attached adapter whose values are not zero any more."""
+    torch.manual_seed(0)
+    adapter = MotionAdapter.for_modules(backbone.adapter_sites(), WIDTH)
+    for name in adapter.site_names:
+        torch.nn.init.normal_(adapter.site(name).to_v.weight)
+    yield adapter.attach(backbone.adapter_sites())
+    adapter.detach()
+
+
+@pytest.fixture
+def fresh(backbone):
+    """An attached adapter as training starts with it."""
+    torch.manual_seed(0)
+    adapter = MotionAdapter.for_modules(backbone.adapter_sites(), WIDTH).attach(backbone.adapter_sites())
+    yield adapter
+    adapter.detach()
+
+
+def noise(shape, seed) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens(batch=2, seed=0) -> Tensor:
+    return noise((batch, TOKENS, WIDTH), seed)
+
+
+def loss(backbone, clips, seed=0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return backbone.loss(clips.latents, clips.image_latents, clips.text, generator)
+
+
+def sample(backbone, clips, adapter=None, motion=None, scale=1.0, rows=slice(None), seeds=(3, 4), **options):
+    """Two denoising steps, guided unless told otherwise."""
+    if adapter is not None:
+        motion = MotionInput(adapter, motion[rows], torch.zeros(1, TOKENS, WIDTH), scale)
+    options = {"steps": 2, "guidance": 2.0, "null_text": clips.null_text, **options}
+    return backbone.sample(clips.image[rows], clips.text[rows], seeds=seeds[rows], motion=motion, **options)
+
+
+class NoiseByRow:
+    """Stands in for torch.randn and torch.randint: row i of a batch gets the same draws in every batch."""
+
+    def __init__(self, monkeypatch, rows):
+        draws = {name: getattr(torch, name) for name in ("randn", "randint")}
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+
+        def stacked(draw, size, dtype=None, **_):
+            assert size[0] == len(generators), "random numbers without a row for each sample"
+            options = {} if dtype is None else {"dtype": dtype}
+            return torch.stack([draw(tuple(size[1:]), generator=g, **options) for g in generators])
+
+        def randn(*size, **options):
+            size = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+            return stacked(draws["randn"], size, **options)
+
+        def randint(low, high, size, **options):
+            return stacked(partial(draws["randint"], low, high), size, **options)
+
+        monkeypatch.setattr(torch, "randn", randn)
+        monkeypatch.setattr(torch, "randint", randint)
+
+
+# ---------------------------------------------------------------- protocol and shapes
+
+
+def test_protocol(backbone):
+    assert isinstance(backbone, Backbone)
+    assert backbone.name and backbone.fps > 0
+    assert not backbone.denoiser.training
+    assert not any(parameter.requires_grad for parameter in backbone.denoiser.parameters())
+    sites = backbone.adapter_sites()
+    modules = dict(backbone.denoiser.named_modules())
+    for name, site in sites.items():
+        assert modules[name] is site
+        assert site.to_out[0].in_features % site.heads == 0
+    assert sites.keys() == backbone.adapter_sites().keys()
+
+
+def test_shapes(backbone, clips):
+    assert clips.latents.ndim == clips.image_latents.ndim == 5
+    batch, frames, *latent = clips.latents.shape
+    assert batch == 2 and 1 <= frames <= backbone.frames
+    assert clips.image_latents.shape == (2, 1, *latent)
+    assert clips.text.ndim == 3 and len(clips.text) == 2
+    assert clips.null_text.shape == clips.text[:1].shape
+    assert not torch.equal(clips.text[0], clips.text[1])
+    value = loss(backbone, clips)
+    assert value.ndim == 0 and value.isfinite() and value > 0
+    video = sample(backbone, clips)
+    assert video.shape == clips.video.shape and video.dtype == torch.float32
+    assert -1 <= video.min() < video.max() <= 1
+
+
+@pytest.mark.parametrize("change", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 8, 0), (0, 0, 0, 8)])
+def test_clips_of_another_size_are_refused(backbone, change):
+    size = (backbone.frames, 3, backbone.height, backbone.width)
+    wrong = [a + b for a, b in zip(size, change, strict=True)]
+    with pytest.raises(MotionRAGError, match="x".join(map(str, wrong))) as error:
+        backbone.encode_video(torch.zeros(1, *wrong))
+    assert "x".join(map(str, size)) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_one_seed_for_each_image(backbone, clips):
+    with pytest.raises(ValueError, match="2 images but 1 seeds"):
+        sample(backbone, clips, seeds=(3,))
+
+
+# ---------------------------------------------------------------- randomness
+
+
+def test_encoding_is_deterministic_unless_noise_is_asked_for(backbone, clips):
+    assert torch.equal(backbone.encode_video(clips.video), clips.latents)
+    assert torch.equal(backbone.encode_image(clips.image), clips.image_latents)
+
+    def noisy(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return backbone.encode_image(clips.image, generator, noisy=True)
+
+    assert torch.equal(noisy(1), noisy(1))
+    assert not torch.equal(noisy(1), noisy(2))
+    assert not torch.equal(noisy(1), clips.image_latents)
+
+
+def test_loss_depends_on_the_generator_alone(backbone, clips):
+    torch.manual_seed(5)
+    first = loss(backbone, clips, 1)
+    torch.manual_seed(6)
+    assert torch.equal(loss(backbone, clips, 1), first)
+    assert not torch.equal(loss(backbone, clips, 2), first)
+
+
+def test_video_depends_on_the_seed_alone(backbone, clips):
+    torch.manual_seed(5)
+    first = sample(backbone, clips)
+    torch.manual_seed(6)
+    assert torch.equal(sample(backbone, clips), first)
+    other = sample(backbone, clips, seeds=(3, 5))
+    torch.testing.assert_close(other[0], first[0], atol=1e-4, rtol=0)
+    assert not torch.allclose(other[1], first[1], atol=1e-3)
+
+
+# ---------------------------------------------------------------- the motion adapter
+
+
+def test_saved_keys_are_the_projections_of_every_site(backbone, fresh):
+    expected = {
+        f"{site.replace('.', '/')}.{projection}.weight"
+        for site in backbone.adapter_sites()
+        for projection in ("to_q", "to_k", "to_v")
+    }
+    assert fresh.state_dict().keys() == expected
+
+
+def test_a_fresh_adapter_changes_nothing(backbone, clips, fresh):
+    with fresh.use(tokens()):
+        with_loss = loss(backbone, clips)
+    with_video = sample(backbone, clips, fresh, tokens())
+    fresh.detach()
+    assert torch.equal(with_loss, loss(backbone, clips))
+    assert torch.equal(with_video, sample(backbone, clips))
+
+
+def test_other_tokens_change_loss_and_video(backbone, clips, adapter):
+    losses, videos = [], []
+    for seed in (0, 1):
+        with adapter.use(tokens(seed=seed)):
+            losses.append(loss(backbone, clips))
+        videos.append(sample(backbone, clips, adapter, tokens(seed=seed)))
+    assert (losses[0] - losses[1]).abs() > 1e-4
+    assert (videos[0] - videos[1]).abs().max() > 1e-2
+
+
+def test_scale_zero_is_the_bare_backbone(backbone, clips, adapter):
+    with adapter.use(tokens(), scale=0):
+        with_loss = loss(backbone, clips)
+    with_video = sample(backbone, clips, adapter, tokens(), scale=0.0)
+    adapter.detach()
+    assert torch.equal(with_loss, loss(backbone, clips))
+    assert torch.equal(with_video, sample(backbone, clips))
+
+
+def test_detaching_restores_the_backbone(backbone, clips):
+    weights = {name: value.clone() for name, value in backbone.denoiser.state_dict().items()}
+    before = loss(backbone, clips), sample(backbone, clips)
+    adapter = MotionAdapter.for_modules(backbone.adapter_sites(), WIDTH, init="reference")
+    adapter.attach(backbone.adapter_sites())
+    with adapter.use(tokens()):
+        assert not torch.equal(loss(backbone, clips), before[0])
+    adapter.detach()
+    after = loss(backbone, clips), sample(backbone, clips)
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    assert not any(module._forward_pre_hooks for module in backbone.denoiser.modules())
+    assert weights.keys() == backbone.denoiser.state_dict().keys()
+    assert all(torch.equal(weights[k], v) for k, v in backbone.denoiser.state_dict().items())
+
+
+def test_an_adapter_without_tokens_refuses(backbone, clips, adapter):
+    with pytest.raises(RuntimeError, match="no motion tokens"):
+        loss(backbone, clips)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def gradients(backbone, clips, adapter) -> dict[str, Tensor]:
+    """Of everything that Stage 1 trains, by name."""
+    torch.manual_seed(1)
+    trained = torch.nn.ModuleDict(
+        {
+            "resampler": Resampler(
+                dim=16, depth=1, dim_head=8, heads=2, num_queries=TOKENS, embedding_dim=12, output_dim=WIDTH
+            ),
+            "motion_adapter": adapter,
+        }
+    )
+    trained.zero_grad()
+    adapter.set(trained["resampler"](noise((2, 10, 12), 7)))
+    loss(backbone, clips).backward()
+    adapter.clear()
+    return {name: parameter.grad for name, parameter in trained.named_parameters()}
+
+
+def test_gradients_reach_exactly_what_is_trained(backbone, clips, adapter):
+    found = gradients(backbone, clips, adapter)
+    assert {name.split(".")[0] for name in found} == {"resampler", "motion_adapter"}
+    without = [name for name, gradient in found.items() if gradient is None or not gradient.abs().max() > 0]
+    assert not without
+    assert all(parameter.grad is None for parameter in backbone.denoiser.parameters())
+
+
+def test_gradient_checkpointing_changes_nothing(backbone, clips, adapter):
+    plain = gradients(backbone, clips, adapter)
+    calls = []
+    site = next(iter(backbone.adapter_sites().values())).to_out[0]
+    handle = site.register_forward_hook(lambda *_: calls.append(1))
+    backbone.denoiser.enable_gradient_checkpointing()
+    try:
+        recomputed = gradients(backbone, clips, adapter)
+    finally:
+        backbone.denoiser.disable_gradient_checkpointing()
+        handle.remove()
+    assert len(calls) == 2, "nothing was computed again"
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# ---------------------------------------------------------------- batches and guidance
+
+
+def test_loss_of_a_batch_is_the_mean_of_each_alone(backbone, clips, adapter, monkeypatch):
+    def of(rows, *parts):
+        with monkeypatch.context() as patch, adapter.use(tokens()[rows]):
+            NoiseByRow(patch, range(2)[rows])
+            return backbone.loss(*(part[rows] for part in parts))
+
+    parts = clips.latents, clips.image_latents, clips.text
+    alone = torch.stack([of(slice(i, i + 1), *parts) for i in range(2)])
+    assert (alone[0] - alone[1]).abs() > 1e-3
+    torch.testing.assert_close(of(slice(0, 2), *parts), alone.mean(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_videos_of_a_batch_equal_each_alone(backbone, clips, adapter, guidance):
+    both = sample(backbone, clips, adapter, tokens(), guidance=guidance)
+    for i in range(2):
+        alone = sample(backbone, clips, adapter, tokens(), rows=slice(i, i + 1), guidance=guidance)
+        torch.testing.assert_close(both[i : i + 1], alone, atol=1e-4, rtol=0)
+
+
+def test_guidance_one_runs_the_conditional_half_alone(backbone, clips, adapter):
+    rows = []
+    site = next(iter(backbone.adapter_sites().values())).to_out[0]
+    handle = site.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    unusable = torch.full_like(clips.null_text, torch.nan)
+    try:
+        video = sample(backbone, clips, adapter, tokens(), guidance=1.0, null_text=unusable)
+        guided = sample(backbone, clips, adapter, tokens(), guidance=2.0)
+    finally:
+        handle.remove()
+    half = len(rows) // 2
+    assert [2 * n for n in rows[:half]] == rows[half:]
+    assert video.isfinite().all()
+    assert not torch.allclose(video, guided, atol=1e-3)
