@@ -71,3 +71,42 @@ def random_encoders(tmp_path_factory) -> dict[str, str]:
     for role, model in models.items():
         model.save_pretrained(folder / f"{role}-random")
     return {role: str(folder / f"{role}-random") for role in models}
+
+
+@pytest.fixture(scope="session")
+def random_models(tmp_path_factory, random_encoders) -> list[str]:
+    """Overrides that point generate and evaluate at untrained models of the shipped kind, thinner and with an
+    adapter that has an effect."""
+    import torch
+    from hydra import compose, initialize_config_dir
+    from hydra.utils import instantiate
+
+    from motionrag.backbones.cogvideox import CogVideoX
+    from motionrag.checkpoint import save_weights
+
+    folder = tmp_path_factory.mktemp("models")
+    backbone = CogVideoX.tiny(text=str, num_layers=2)  # the text encoder is not saved
+    for name, part in (("vae", backbone.vae), ("transformer", backbone.denoiser)):
+        part.save_pretrained(folder / name)
+    backbone.scheduler.save_pretrained(folder / "scheduler")
+    sizes = ["resampler.embedding_dim=24", "cama.appearance_resampler.embedding_dim=24"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        cfg = compose("generate", overrides=[*sizes, "motion_adapter.init=reference"])
+    torch.manual_seed(0)
+    resampler, cama = instantiate(cfg.resampler), instantiate(cfg.cama)
+    adapter = instantiate(cfg.motion_adapter)(backbone.adapter_sites(), token_width=resampler.output_dim)
+    for prefix, parts in {
+        "adapter": {"resampler": resampler, "motion_adapter": adapter},
+        "cama": {"cama": cama},
+    }.items():
+        state = {
+            f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()
+        }
+        save_weights(folder / f"{prefix}.safetensors", state)
+    return [
+        *sizes,
+        *(f"encoders.{role}.path={path}" for role, path in random_encoders.items()),
+        f"backbone.path={folder}",
+        f"weights.adapter={folder}/adapter.safetensors",
+        f"weights.cama={folder}/cama.safetensors",
+    ]
