@@ -243,7 +243,9 @@ class CogVideoX:
         Equals the reference's weighted x0 loss when `min_timestep` is 0.
         """
         steps = self.scheduler.config.num_train_timesteps
-        timesteps = torch.randint(self.min_timestep, steps, (len(latents),), generator=generator).to(latents.device)
+        timesteps = torch.randint(self.min_timestep, steps, (len(latents),), generator=generator).to(
+            latents.device
+        )
         noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
         abar = self.scheduler.alphas_cumprod.to(latents.device)[timesteps]
         velocity = self.predict(add_noise(latents, noise, abar), image_latents, text, timesteps)
