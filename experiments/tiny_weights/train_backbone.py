@@ -106,7 +106,7 @@ def check(args):
         scores = {}
         for name, one in (("generated", video), ("still", truth[:, :1].expand_as(truth))):
             score = ActionScore()
-            score.update(judge.logits(one), judge.logits(truth))
+            score.update(judge.logits(one), judge.logits(truth), [str(i) for i in range(len(clips))])
             scores[name] = float(score.compute())
         print(
             f"{domain}: object kept {kept:.2f}, Action Score {scores['generated']:.1f}, still clip {scores['still']:.1f}"

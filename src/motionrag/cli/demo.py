@@ -52,6 +52,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         steps.verb(
             "train", "experiment=tiny_cama", "make=null", *live, weights_file, f"run_dir={out}/train/cama"
         )
+    sampling = [f"{key}={cfg[key]}" for key in ("steps", "guidance", "motion_scale")]
     first = out / "generate" / "first_frame.png"
     first.parent.mkdir(exist_ok=True)
     clip = read_clip(videos / "new" / "videos" / "test-new-00000.mp4")
@@ -62,6 +63,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         f"prompt='{prompt}'",
         f"db={db}",
         f"k={cfg.k}",
+        *sampling,
         f"out={first.with_name('video.mp4')}",
     )
     notes = [
@@ -70,8 +72,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         "Test prompts use phrases that occur in no training caption and in no database.",
     ]
     evaluated = steps.verb(
-        "evaluate", f"shards={test}/shards", f"db={db}", f"k={cfg.k}", f"steps={cfg.steps}", f"guidance={cfg.guidance}",
-        f"seed={cfg.seed}", f"conditions=[{','.join(cfg.conditions)}]", f"out={out}",
+        "evaluate", f"shards={test}/shards", f"db={db}", f"k={cfg.k}", *sampling, f"seed={cfg.seed}",
+        f"save_clips={cfg.save_clips}", f"conditions=[{','.join(cfg.conditions)}]", f"out={out}",
         "notes=[" + ",".join(f"'{note}'" for note in notes) + "]",
     )  # fmt: skip
     steps.verb("report", f"runs=[{out}]", f"out={out}/report.html", "title='MotionRAG demo'")
