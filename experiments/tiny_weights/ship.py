@@ -15,6 +15,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from transformers import Dinov2Model, VideoMAEForVideoClassification
 
 from motionrag.checkpoint import read_weights, save_weights
+from motionrag.io import read_json, write_json
 
 NETWORKS = {
     "vae": AutoencoderKLCogVideoX, "transformer": CogVideoXTransformer3DModel,
@@ -25,6 +26,8 @@ NETWORKS = {
 def networks(names: list[str]) -> None:
     for name in names or NETWORKS:
         NETWORKS[name].from_pretrained(WEIGHTS / name).half().save_pretrained(WEIGHTS / name)
+        config = WEIGHTS / name / "config.json"  # diffusers writes down where it read the model from
+        write_json(config, {k: v for k, v in read_json(config).items() if k != "_name_or_path"})
 
 
 def stages(paths: list[str]) -> None:
