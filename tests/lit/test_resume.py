@@ -24,4 +24,5 @@ def test_kill_and_resume(stage, request, fit, interrupt, tmp_path):
     resumed, _ = fit(make(), 9, ckpt_path=tmp_path / "last.ckpt", **validation)
 
     assert list(killed) == [1, 2, 3, 4, 5] and list(resumed) == [5, 6, 7, 8, 9]
-    assert killed | resumed == whole
+    # Not bit by bit: the emptied cache encodes clips in other batches, which moves the last digit.
+    assert killed | resumed == pytest.approx(whole, rel=1e-5)
