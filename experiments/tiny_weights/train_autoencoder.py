@@ -15,15 +15,13 @@ import torch
 from common import SIZE, WEIGHTS, Average, Log, fixed_clips, loader, optimizer, start
 from diffusers import AutoencoderKLCogVideoX
 
+from motionrag.backbones.cogvideox import TINY_VAE
+
 GATE_PSNR, NOISE = 26.0, 0.05
 
 
 def build() -> AutoencoderKLCogVideoX:
-    return AutoencoderKLCogVideoX(
-        block_out_channels=(8, 32, 64), down_block_types=("CogVideoXDownBlock3D",) * 3,
-        up_block_types=("CogVideoXUpBlock3D",) * 3, latent_channels=16, layers_per_block=1, norm_num_groups=4,
-        temporal_compression_ratio=2, sample_height=SIZE, sample_width=SIZE,
-    )  # fmt: skip
+    return AutoencoderKLCogVideoX(**TINY_VAE)
 
 
 def middle_place(clip) -> torch.Tensor:

@@ -264,7 +264,7 @@ class Gallery:
         references = [
             {"id": i, "caption": self.db.caption(i), "motion_caption": self.db.motion_caption(i), "score": float(s),
              "clip": self._write(f"{clip_id}_ref{n}", self.db.preview(i))}
-            for n, (i, s) in enumerate(zip(ids[:3], scores, strict=False))
+            for n, (i, s) in enumerate(zip(ids[:3], scores[:3], strict=True))
         ]  # fmt: skip
         self.entries[clip_id] = entry = {
             "id": clip_id, "domain": clip["domain"], "prompt": clip["caption"], "motion_prompt": clip["motion_caption"],
