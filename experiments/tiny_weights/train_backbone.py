@@ -30,7 +30,7 @@ def assemble(transformer, text=None) -> CogVideoX:
 
 
 def train(args):
-    log = Log("backbone")
+    log = Log(args.log)
     backbone = assemble(CogVideoXTransformer3DModel(**TINY_TRANSFORMER), text=lambda prompts: None)
     scale = backbone.vae.config.scaling_factor
     model = backbone.denoiser.train().requires_grad_(True)
@@ -47,6 +47,9 @@ def train(args):
         return latent, image, text[torch.as_tensor(captions[kinds, rows])].float()
 
     begin = 0
+    if args.go_on:
+        model.load_state_dict(torch.load(RESUME, weights_only=True)["shadow"])
+        average = Average(model, 0.9985)
     if args.resume:
         state = torch.load(RESUME, weights_only=True)
         begin = state["step"]
@@ -70,10 +73,10 @@ def train(args):
         if step % 500 == 0 or step == args.steps:
             torch.save({"step": step, "model": model.state_dict(), "shadow": average.shadow,
                         "optimizer": opt.state_dict(), "plan": plan.state_dict()}, RESUME)  # fmt: skip
-            final = CogVideoXTransformer3DModel(**TINY_TRANSFORMER)
-            final.load_state_dict(average.shadow)
-            final.save_pretrained(WEIGHTS / "transformer")
-            CogVideoXDPMScheduler(**SCHEDULER).save_pretrained(WEIGHTS / "scheduler")
+    final = CogVideoXTransformer3DModel(**TINY_TRANSFORMER)
+    final.load_state_dict(average.shadow)
+    final.save_pretrained(WEIGHTS / "transformer")
+    CogVideoXDPMScheduler(**SCHEDULER).save_pretrained(WEIGHTS / "scheduler")
 
 
 def coloured_area(video: torch.Tensor, clips) -> torch.Tensor:
@@ -126,7 +129,9 @@ if __name__ == "__main__":
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
+    parser.add_argument("--go-on", action="store_true", help="new run that starts from the last one's weights")
+    parser.add_argument("--log", default="backbone_1")
     args = parser.parse_args()
     start(args.seed)
     (check if args.check else train)(args)

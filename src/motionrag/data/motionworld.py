@@ -49,6 +49,10 @@ class Motion:
     coarse: str
 
 
+def _with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 @dataclass(frozen=True)
 class Looks:
     """Appearance of one clip; colours as names, sizes in units of the frame's side."""
@@ -63,7 +67,7 @@ class Looks:
     def words(self) -> str:
         """Noun phrase naming the looks."""
         first, second = self.colours
-        return f"a {first} and {second} {self.shape} on a {self.ground} background"
+        return f"{_with_article(first)} and {second} {self.shape} on {_with_article(self.ground)} background"
 
 
 @dataclass(frozen=True)
