@@ -1,8 +1,8 @@
-"""The motion adapter on a real CogVideoX transformer of minimal size."""
+"""The motion adapter on real CogVideoX and SVD networks of minimal size."""
 
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, UNetSpatioTemporalConditionModel
 
 from motionrag.modules.motion_adapter import MotionAdapter
 
@@ -167,15 +167,27 @@ def test_saved_keys(adapter):
     ]
 
 
-def test_two_adapters_do_not_interfere(transformer, adapter, inputs, tokens):
-    with adapter.use(tokens):
-        one = run(transformer, inputs)
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_several_adapters_do_not_interfere(transformer, adapter, inputs, tokens, first_out):
+    """Any order of attaching and detaching gives the same; each asks with the backbone's own output."""
+    torch.manual_seed(4)
     other = MotionAdapter.for_modules(sites(transformer), WIDTH, init="reference").attach(sites(transformer))
-    with adapter.use(tokens), other.use(tokens):
-        assert not torch.allclose(run(transformer, inputs), one)
-    other.detach()
-    with adapter.use(tokens):
-        assert torch.equal(run(transformer, inputs), one)
+    with adapter.use(None), other.use(None):
+        bare = run(transformer, inputs)
+    with adapter.use(tokens), other.use(tokens.flip(1), 0.5):
+        both = run(transformer, inputs)
+    adapter.detach()
+    adapter.attach(sites(transformer))  # now behind the other
+    with adapter.use(tokens), other.use(tokens.flip(1), 0.5):
+        torch.testing.assert_close(run(transformer, inputs), both, atol=1e-6, rtol=1e-6)
+    out, left = (adapter, other) if first_out == 0 else (other, adapter)
+    with out.use(None), left.use(tokens):
+        alone = run(transformer, inputs)
+    out.detach()
+    with left.use(tokens):
+        assert torch.equal(run(transformer, inputs), alone) and not torch.allclose(alone, both)
+    left.detach()
+    assert torch.equal(run(transformer, inputs), bare)
 
 
 def test_half_precision_hidden_states_keep_their_type(adapter):
@@ -197,3 +209,145 @@ def test_errors_say_what_was_expected(transformer, adapter):
     with pytest.raises(ValueError, match="16 wide, the backbone 32"):
         narrow.attach(sites(transformer))
     assert not narrow.attached
+
+
+# ---------------------------------------------------------------- where the query comes from
+
+
+@pytest.fixture(scope="module")
+def unet():
+    """SVD's network: its spatial cross-attention reads one image token."""
+    torch.manual_seed(0)
+    model = UNetSpatioTemporalConditionModel(
+        down_block_types=("CrossAttnDownBlockSpatioTemporal",),
+        up_block_types=("CrossAttnUpBlockSpatioTemporal",),
+        block_out_channels=(32,),
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24,
+        layers_per_block=1,
+        cross_attention_dim=10,
+        num_attention_heads=2,
+        num_frames=3,
+    )
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def unet_inputs():
+    torch.manual_seed(1)
+    return {
+        "sample": torch.randn(2, 3, 8, 4, 4),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "encoder_hidden_states": torch.randn(2, 1, 10),
+        "added_time_ids": torch.ones(2, 3),
+    }
+
+
+def cross_attentions(unet):
+    return {
+        name: m
+        for name, m in unet.named_modules()
+        if name.endswith("attn2") and ".transformer_blocks" in name
+    }
+
+
+@pytest.fixture
+def unet_adapter(unet, request):
+    """Attached, with values that do something; `request.param` is the query."""
+    torch.manual_seed(3)
+    adapter = MotionAdapter.for_modules(cross_attentions(unet), WIDTH, init="reference", query=request.param)
+    yield adapter.attach(cross_attentions(unet))
+    adapter.detach()
+    unet.disable_gradient_checkpointing()
+
+
+def spread(unet, adapter, inputs, tokens):
+    """How much the first site's output differs between the positions of a frame."""
+    found = []
+    handle = next(iter(cross_attentions(unet).values())).register_forward_hook(lambda *a: found.append(a[-1]))
+    with torch.no_grad(), adapter.use(tokens):
+        run(unet, inputs)
+    handle.remove()
+    return (found[0] - found[0][:, :1]).abs().max()
+
+
+@pytest.mark.parametrize("unet_adapter", ["output"], indirect=True)
+def test_with_one_key_the_attention_output_asks_for_the_same_motion_everywhere(
+    unet, unet_adapter, unet_inputs, tokens
+):
+    assert spread(unet, unet_adapter, unet_inputs, tokens) < 1e-6
+
+
+@pytest.mark.parametrize("unet_adapter", ["hidden"], indirect=True)
+def test_hidden_states_ask_for_motion_of_their_own(unet, unet_adapter, unet_inputs, tokens):
+    assert spread(unet, unet_adapter, unet_inputs, tokens) > 1e-3
+
+
+@pytest.mark.parametrize("unet_adapter", ["hidden"], indirect=True)
+def test_hidden_query_equals_the_formula(unet, unet_adapter, unet_inputs, tokens):
+    name, attention = next(iter(cross_attentions(unet).items()))
+    site, hidden, image = unet_adapter.site(name), torch.randn(6, 16, 32), torch.randn(6, 1, 10)
+    with unet_adapter.use(tokens, scale=0.7):
+        found = attention(hidden, encoder_hidden_states=image)
+    unet_adapter.detach()
+    each = tokens.repeat_interleave(3, 0)
+    q, k, v = (
+        projection(x).unflatten(-1, (2, 16)).transpose(1, 2)
+        for projection, x in ((site.to_q, hidden), (site.to_k, each), (site.to_v, each))
+    )
+    motion = ((q @ k.mT / 4).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    expected = attention.to_out[0](
+        attention.to_v(image) + 0.7 * motion
+    )  # one key: its value is the attention
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("unet_adapter", ["output", "hidden"], indirect=True)
+def test_gradient_checkpointing_changes_nothing_for_either_query(unet, unet_adapter, unet_inputs, tokens):
+    plain = gradients(unet, unet_adapter, unet_inputs, tokens)
+    unet.enable_gradient_checkpointing()
+    recomputed = gradients(unet, unet_adapter, unet_inputs, tokens)
+    for name, grad in plain.items():
+        torch.testing.assert_close(recomputed[name], grad)
+    reaches_queries = [name for name, grad in plain.items() if "to_q" in name and grad.abs().max() > 0]
+    assert len(reaches_queries) == len(unet_adapter.site_names)
+
+
+@pytest.mark.parametrize("unet_adapter", ["hidden"], indirect=True)
+@torch.no_grad()
+def test_hidden_queries_of_a_batch_equal_each_alone(unet, unet_adapter, unet_inputs, tokens):
+    with unet_adapter.use(tokens):
+        both = run(unet, unet_inputs)
+    for i in range(2):
+        with unet_adapter.use(tokens[i : i + 1]):
+            alone = run(unet, rows(unet_inputs, slice(i, i + 1)))
+        torch.testing.assert_close(both[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("unet_adapter", ["hidden"], indirect=True)
+def test_detaching_removes_both_hooks(unet, unet_adapter, unet_inputs, tokens):
+    unet_adapter.detach()
+    assert not any(m._forward_pre_hooks or m._forward_pre_hooks_with_kwargs for m in unet.modules())
+
+
+def test_query_changes_no_keys_and_can_differ_between_sites(unet):
+    modules = cross_attentions(unet)
+    first, *others = modules
+    mixed = MotionAdapter.for_modules(modules, WIDTH, query={first: "hidden"})
+    assert mixed.query == {first: "hidden", **dict.fromkeys(others, "output")}
+    plain = MotionAdapter.for_modules(modules, WIDTH)
+    assert {k: v.shape for k, v in mixed.state_dict().items()} == {
+        k: v.shape for k, v in plain.state_dict().items()
+    }
+
+
+def test_query_mistakes(transformer, unet, inputs, tokens):
+    with pytest.raises(ValueError, match="unknown query 'input': choose output or hidden"):
+        MotionAdapter({"a": (8, 2)}, WIDTH, query="input")
+    with pytest.raises(ValueError, match=r"query names sites that this adapter has not: \['b'\]"):
+        MotionAdapter({"a": (8, 2)}, WIDTH, query={"b": "hidden"})
+    # joint attention: its hidden states are the video tokens alone, its output has the text tokens too
+    joint = MotionAdapter.for_modules(sites(transformer), WIDTH, query="hidden").attach(sites(transformer))
+    with joint.use(tokens), pytest.raises(ValueError, match=r"\(2, 12, 32\).*\(2, 15, 32\).*query=output"):
+        run(transformer, inputs)
+    joint.detach()

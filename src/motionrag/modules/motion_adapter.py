@@ -3,6 +3,9 @@
 Every supported backbone hands the concatenated-head attention output `h` to `to_out[0]`. A forward pre-hook there
 turns it into `h + scale * attention(W_q h, W_k m, W_v m)`, whatever attention processor, fused projection or kernel
 made `h`. Nothing in the backbone is replaced, so detaching restores it exactly.
+
+Where the backbone's own attention has one single key (SVD's image token), `h` is one constant per sample and so would
+be the motion that it asks for. Such sites take their query from the attention's input instead: `W_q x` for `W_q h`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,22 +18,26 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+Query = Literal["output", "hidden"]
+
 
 @dataclass
 class _InUse:
-    """What the hooks read: the motion tokens of the moment (None = bare backbone) and kept keys and values."""
+    """What the hooks read: the motion tokens of the moment (None = bare backbone) and what they leave each other."""
 
     tokens: Tensor | None
     scale: float
-    kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    queries: dict[str, Tensor] = field(default_factory=dict)  # from a site's first hook to its second
+    kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # keys and values
 
 
 class AdapterSite(nn.Module):
     """The three projections of one attention layer."""
 
-    def __init__(self, hidden: int, heads: int, token_width: int, init: str) -> None:
+    def __init__(self, hidden: int, heads: int, token_width: int, init: str, query: Query = "output") -> None:
         super().__init__()
         self.heads = heads
+        self.query = query
         self.to_q = nn.Linear(hidden, hidden, bias=False)
         self.to_k = nn.Linear(token_width, hidden, bias=False)
         self.to_v = nn.Linear(token_width, hidden, bias=False)
@@ -45,16 +52,16 @@ class AdapterSite(nn.Module):
             for project in (self.to_k, self.to_v)
         )
 
-    def forward(self, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """hidden (r*B, L, hidden), keys and values (B, heads, n, d) -> the branch's output (r*B, L, hidden)."""
-        rows, batch = len(hidden), len(keys)
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """query (r*B, L, hidden), keys and values (B, heads, n, d) -> the branch's output (r*B, L, hidden)."""
+        rows, batch = len(query), len(keys)
         if rows < batch or rows % batch:
             raise ValueError(f"motion tokens of {batch} samples cannot serve {rows} rows of hidden states")
         if rows > batch:  # per-frame layers, or both halves of guidance: the rows of a sample are neighbours
             keys, values = (t.repeat_interleave(rows // batch, dim=0) for t in (keys, values))
-        q = rearrange(self.to_q(hidden.to(self.to_q.weight.dtype)), "b l (h d) -> b h l d", h=self.heads)
+        q = rearrange(self.to_q(query.to(self.to_q.weight.dtype)), "b l (h d) -> b h l d", h=self.heads)
         out = F.scaled_dot_product_attention(q, keys, values)
-        return rearrange(out, "b h l d -> b l (h d)").to(hidden.dtype)
+        return rearrange(out, "b h l d -> b l (h d)").to(query.dtype)
 
 
 class MotionAdapter(nn.Module):
@@ -65,6 +72,11 @@ class MotionAdapter(nn.Module):
         token_width: width of the motion tokens.
         init: "zero" starts the values at zero, so a fresh adapter changes nothing; "reference" keeps PyTorch's
             default everywhere, as the published code does.
+        query: what asks for motion: "output", the attention output `h`, as in the published code, or "hidden", the
+            attention's input `hidden_states`, for sites whose own attention has a single key. One for all sites, or
+            site name -> query; sites that are not named then take "output".
+
+    The query is no weight: an adapter has to be built with the one it was trained with.
 
     State keys are `<site with dots as slashes>.to_{q,k,v}.weight`.
     """
@@ -74,30 +86,46 @@ class MotionAdapter(nn.Module):
         sites: Mapping[str, tuple[int, int]],
         token_width: int,
         init: Literal["zero", "reference"] = "zero",
+        query: Query | Mapping[str, Query] = "output",
     ) -> None:
         super().__init__()
         if init not in ("zero", "reference"):
             raise ValueError(f"unknown init {init!r}: choose zero or reference")
         if not sites:
             raise ValueError("a motion adapter needs at least one site")
+        queries = dict.fromkeys(sites, query) if isinstance(query, str) else dict(query)
+        if unknown := sorted(queries.keys() - sites.keys()):
+            raise ValueError(f"query names sites that this adapter has not: {unknown[:4]}")
+        if wrong := sorted(set(queries.values()) - {"output", "hidden"}):
+            raise ValueError(f"unknown query {wrong[0]!r}: choose output or hidden")
         self.site_names = tuple(sites)
         self.token_width = token_width
         for name, (hidden, heads) in sites.items():
-            self.add_module(name.replace(".", "/"), AdapterSite(hidden, heads, token_width, init))
+            site = AdapterSite(hidden, heads, token_width, init, queries.get(name, "output"))
+            self.add_module(name.replace(".", "/"), site)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._in_use: _InUse | None = None
 
     @classmethod
     def for_modules(
-        cls, modules: Mapping[str, nn.Module], token_width: int, init: Literal["zero", "reference"] = "zero"
+        cls,
+        modules: Mapping[str, nn.Module],
+        token_width: int,
+        init: Literal["zero", "reference"] = "zero",
+        query: Query | Mapping[str, Query] = "output",
     ) -> "MotionAdapter":
         """An adapter with the sizes of these attention modules (each has `.heads` and `.to_out[0]`)."""
         sites = {name: (m.to_out[0].in_features, m.heads) for name, m in modules.items()}
-        return cls(sites, token_width, init)
+        return cls(sites, token_width, init, query)
 
     def site(self, name: str) -> AdapterSite:
         """The projections of one site, by the backbone's name for it."""
         return self.get_submodule(name.replace(".", "/"))
+
+    @property
+    def query(self) -> dict[str, Query]:
+        """Site name -> where its query comes from."""
+        return {name: self.site(name).query for name in self.site_names}
 
     @property
     def attached(self) -> bool:
@@ -118,8 +146,7 @@ class MotionAdapter(nn.Module):
             if found != expected:
                 raise ValueError(f"site {name}: the adapter is {expected} wide, the backbone {found}")
         for name, module in modules.items():
-            hook = module.to_out[0].register_forward_pre_hook(self._hook(name))
-            self._handles.append(hook)
+            self._handles += self._hooks(name, module)
         return self
 
     def detach(self) -> None:
@@ -152,24 +179,41 @@ class MotionAdapter(nn.Module):
         finally:
             self._in_use = before
 
-    def _hook(self, name: str):
+    def _hooks(self, name: str, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+        """Install the two hooks of one site: the first notes the query, the second adds the branch's output."""
         site = self.site(name)
 
-        def add_motion(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        def note_query(_: nn.Module, args: tuple, kwargs: dict) -> None:
             use = self._in_use
             if use is None:
                 raise RuntimeError(
                     "a motion adapter is attached but has no motion tokens: call set() or use() first"
                 )
+            if use.tokens is not None and use.scale != 0:
+                use.queries[name] = args[0] if args else kwargs["hidden_states"]
+
+        def add_motion(_: nn.Module, args: tuple) -> tuple | None:
+            use = self._in_use
             if use.tokens is None or use.scale == 0:
                 return None
             hidden, *rest = args
+            query = use.queries.pop(name)
+            if query.shape != hidden.shape:
+                raise ValueError(
+                    f"site {name}: query={site.query} has shape {tuple(query.shape)}, the attention output "
+                    f"{tuple(hidden.shape)}; they must be equal, so build the adapter with query=output here"
+                )
             if torch.is_grad_enabled():
                 keys, values = site.keys_values(use.tokens)
             else:  # the same clip at every denoising step: project once
                 if name not in use.kept:
                     use.kept[name] = site.keys_values(use.tokens)
                 keys, values = use.kept[name]
-            return hidden + use.scale * site(hidden, keys, values), *rest
+            return hidden + use.scale * site(query, keys, values), *rest
 
-        return add_motion
+        # In front of all other hooks: the motion that another adapter adds to `h` is no part of this one's query.
+        source = module if site.query == "hidden" else module.to_out[0]
+        return [
+            source.register_forward_pre_hook(note_query, prepend=True, with_kwargs=True),
+            module.to_out[0].register_forward_pre_hook(add_motion),
+        ]
