@@ -134,13 +134,13 @@ class MotionRAG:
         """
         if steps < 1:
             raise MotionRAGError(f"steps={steps}: expected at least 1 denoising step")
-        text, null_text = self.backbone.encode_text(prompts), self.backbone.encode_text([""])
+        contexts = self.backbone.encode_context(prompts, image), self.backbone.null_context(image)
         options = dict(steps=steps, guidance=guidance, seeds=seeds, progress=progress)
         if tokens is None:
             with self.adapter.use(None):
-                return self.backbone.sample(image, text, null_text, **options)
+                return self.backbone.sample(image, *contexts, **options)
         motion = MotionInput(self.adapter, tokens, self.null_tokens, motion_scale)
-        return self.backbone.sample(image, text, null_text, motion=motion, **options)
+        return self.backbone.sample(image, *contexts, motion=motion, **options)
 
 
 def to_float(frames: np.ndarray) -> Tensor:

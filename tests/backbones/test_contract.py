@@ -34,8 +34,8 @@ class Clips:
     video: Tensor
     latents: Tensor
     image_latents: Tensor
-    text: Tensor
-    null_text: Tensor
+    context: Tensor
+    null_context: Tensor
 
     @property
     def image(self) -> Tensor:
@@ -49,8 +49,8 @@ def clips(backbone) -> Clips:
         video,
         backbone.encode_video(video),
         backbone.encode_image(video[:, 0]),
-        backbone.encode_text(PROMPTS),
-        backbone.encode_text([""]),
+        backbone.encode_context(PROMPTS, video[:, 0]),
+        backbone.null_context(video[:, 0]),
     )
 
 
@@ -84,15 +84,17 @@ def tokens(batch=2, seed=0) -> Tensor:
 
 def loss(backbone, clips, seed=0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return backbone.loss(clips.latents, clips.image_latents, clips.text, generator)
+    return backbone.loss(clips.latents, clips.image_latents, clips.context, generator)
 
 
 def sample(backbone, clips, adapter=None, motion=None, scale=1.0, rows=slice(None), seeds=(3, 4), **options):
     """Two denoising steps, guided unless told otherwise."""
     if adapter is not None:
         motion = MotionInput(adapter, motion[rows], torch.zeros(1, TOKENS, WIDTH), scale)
-    options = {"steps": 2, "guidance": 2.0, "null_text": clips.null_text, **options}
-    return backbone.sample(clips.image[rows], clips.text[rows], seeds=seeds[rows], motion=motion, **options)
+    options = {"steps": 2, "guidance": 2.0, "null_context": clips.null_context[rows], **options}
+    return backbone.sample(
+        clips.image[rows], clips.context[rows], seeds=seeds[rows], motion=motion, **options
+    )
 
 
 class NoiseByRow:
@@ -123,7 +125,8 @@ class NoiseByRow:
 
 def test_protocol(backbone):
     assert isinstance(backbone, Backbone)
-    assert backbone.name and backbone.fps > 0
+    assert backbone.name and backbone.fps > 0 and backbone.random_weights
+    assert backbone.adapter_query in ("output", "hidden")
     assert not backbone.denoiser.training
     assert not any(parameter.requires_grad for parameter in backbone.denoiser.parameters())
     sites = backbone.adapter_sites()
@@ -139,9 +142,12 @@ def test_shapes(backbone, clips):
     batch, frames, *latent = clips.latents.shape
     assert batch == 2 and 1 <= frames <= backbone.frames
     assert clips.image_latents.shape == (2, 1, *latent)
-    assert clips.text.ndim == 3 and len(clips.text) == 2
-    assert clips.null_text.shape == clips.text[:1].shape
-    assert not torch.equal(clips.text[0], clips.text[1])
+    assert clips.context.ndim == 3 and len(clips.context) == 2
+    assert clips.null_context.shape == clips.context.shape
+    assert not torch.equal(clips.context[0], clips.context[1])
+    assert not torch.equal(clips.context, clips.null_context)
+    for part in (clips.latents, clips.image_latents, clips.context, clips.null_context):
+        assert part.dtype == torch.float32 and not part.requires_grad
     value = loss(backbone, clips)
     assert value.ndim == 0 and value.isfinite() and value > 0
     video = sample(backbone, clips)
@@ -170,13 +176,23 @@ def test_encoding_is_deterministic_unless_noise_is_asked_for(backbone, clips):
     assert torch.equal(backbone.encode_video(clips.video), clips.latents)
     assert torch.equal(backbone.encode_image(clips.image), clips.image_latents)
 
-    def noisy(seed):
+    def noisy(seed, level):
         generator = torch.Generator().manual_seed(seed)
-        return backbone.encode_image(clips.image, generator, noisy=True)
+        return backbone.encode_image(clips.image, generator, torch.full((2,), level))
 
-    assert torch.equal(noisy(1), noisy(1))
-    assert not torch.equal(noisy(1), noisy(2))
-    assert not torch.equal(noisy(1), clips.image_latents)
+    assert torch.equal(noisy(1, 0.1), noisy(1, 0.1))
+    assert not torch.equal(noisy(1, 0.1), noisy(2, 0.1))
+    assert not torch.equal(noisy(1, 0.1), clips.image_latents)
+    assert torch.equal(noisy(1, 0.0), clips.image_latents)
+
+
+def test_noise_levels_come_from_the_generator(backbone):
+    levels = [backbone.image_noise_level(2, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    if levels[0] is None:
+        assert levels == [None] * 3
+        return
+    assert levels[0].shape == (2,) and (levels[0] > 0).all()
+    assert torch.equal(levels[0], levels[1]) and not torch.equal(levels[0], levels[2])
 
 
 def test_loss_depends_on_the_generator_alone(backbone, clips):
@@ -195,6 +211,43 @@ def test_video_depends_on_the_seed_alone(backbone, clips):
     other = sample(backbone, clips, seeds=(3, 5))
     torch.testing.assert_close(other[0], first[0], atol=1e-4, rtol=0)
     assert not torch.allclose(other[1], first[1], atol=1e-3)
+
+
+# ---------------------------------------------------------------- conditions
+
+
+def test_a_clips_context_depends_on_the_clip_alone(backbone, clips):
+    torch.manual_seed(5)
+    again = backbone.encode_context(PROMPTS[1:], clips.image[1:])
+    torch.testing.assert_close(again, clips.context[1:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        backbone.null_context(clips.image[1:]), clips.null_context[1:], atol=1e-5, rtol=1e-4
+    )
+
+
+def test_conditions_are_dropped_by_the_generator_alone_and_never_in_place(backbone, clips):
+    before = clips.context.clone(), clips.image_latents.clone()
+
+    def drop(seed, rows=slice(None)):
+        generator = torch.Generator().manual_seed(seed)
+        return backbone.drop_conditions(clips.context[rows], clips.image_latents[rows], generator)
+
+    for seed in range(8):
+        first, second = drop(seed), drop(seed)
+        for one, other, given in zip(first, second, before, strict=True):
+            assert torch.equal(one, other)
+            assert one.shape == given.shape and one.dtype == given.dtype
+    assert torch.equal(clips.context, before[0]) and torch.equal(clips.image_latents, before[1])
+
+
+def test_encoders_may_leave(request, clips):
+    """Once contexts are known, neither training nor sampling needs the encoders."""
+    backbone = BACKBONES[request.node.callspec.params["backbone"]]()
+    assert backbone.to("cpu") is backbone and backbone.encoders_to("cpu") is backbone
+    assert torch.equal(backbone.encode_context(PROMPTS, clips.image), clips.context)
+    backbone.encoders_to("meta")  # gone
+    assert loss(backbone, clips).isfinite()
+    assert sample(backbone, clips).isfinite().all()
 
 
 # ---------------------------------------------------------------- the motion adapter
@@ -311,7 +364,7 @@ def test_loss_of_a_batch_is_the_mean_of_each_alone(backbone, clips, adapter, mon
             NoiseByRow(patch, range(2)[rows])
             return backbone.loss(*(part[rows] for part in parts))
 
-    parts = clips.latents, clips.image_latents, clips.text
+    parts = clips.latents, clips.image_latents, clips.context
     alone = torch.stack([of(slice(i, i + 1), *parts) for i in range(2)])
     assert (alone[0] - alone[1]).abs() > 1e-3
     torch.testing.assert_close(of(slice(0, 2), *parts), alone.mean(), atol=1e-5, rtol=1e-5)
@@ -329,9 +382,9 @@ def test_guidance_one_runs_the_conditional_half_alone(backbone, clips, adapter):
     rows = []
     site = next(iter(backbone.adapter_sites().values())).to_out[0]
     handle = site.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
-    unusable = torch.full_like(clips.null_text, torch.nan)
+    unusable = torch.full_like(clips.null_context, torch.nan)
     try:
-        video = sample(backbone, clips, adapter, tokens(), guidance=1.0, null_text=unusable)
+        video = sample(backbone, clips, adapter, tokens(), guidance=1.0, null_context=unusable)
         guided = sample(backbone, clips, adapter, tokens(), guidance=2.0)
     finally:
         handle.remove()

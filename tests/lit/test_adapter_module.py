@@ -16,7 +16,7 @@ def train_step(module, batch):
 
 
 def test_gradients_reach_exactly_the_trainable_part(adapter_module, batch):
-    module = adapter_module(init="reference", text_dropout=0, reference_dropout=0)
+    module = adapter_module(init="reference", reference_dropout=0)
     train_step(module, batch)
     frozen = [module.backbone.vae, module.backbone.denoiser, module.motion_encoder]
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
@@ -43,9 +43,10 @@ def test_every_parameter_gets_a_gradient_even_when_all_references_are_dropped(ad
 def test_dropout_uses_the_zero_clip_and_the_empty_caption(adapter_module, batch):
     seen = {}
     for name, drop in (("kept", 0.0), ("dropped", 1.0)):
-        module = adapter_module(reference_dropout=drop, text_dropout=drop)
-        module.backbone.loss = lambda latents, image, text, g, m=module, n=name: (
-            seen.update({n: (m.motion_adapter._in_use.tokens, text)}) or latents.sum() * 0
+        module = adapter_module(reference_dropout=drop)
+        module.backbone.text_dropout = drop
+        module.backbone.loss = lambda latents, image, context, *_, m=module, n=name: (
+            seen.update({n: (m.motion_adapter._in_use.tokens, context)}) or latents.sum() * 0
         )
         module.setup("fit")
         module.log = lambda *args, **kwargs: None
@@ -53,7 +54,9 @@ def test_dropout_uses_the_zero_clip_and_the_empty_caption(adapter_module, batch)
     null = module.resampler(module.motion_encoder(torch.zeros(1, 12, 3, 16, 16)))
     torch.testing.assert_close(seen["dropped"][0], null.expand(2, -1, -1))
     torch.testing.assert_close(seen["kept"][0], module.resampler(batch.target_motion))
-    assert torch.equal(seen["dropped"][1], module.backbone.encode_text(["", ""]))
+    images = batch.video[:, 0]
+    assert torch.equal(seen["dropped"][1], module.backbone.null_context(images))
+    assert torch.equal(seen["kept"][1], module.backbone.encode_context(batch.captions, images))
 
 
 def test_a_fresh_adapter_starts_at_the_bare_loss_and_motion_moves_it(adapter_module, batch):
@@ -65,7 +68,7 @@ def test_a_fresh_adapter_starts_at_the_bare_loss_and_motion_moves_it(adapter_mod
         module.log = lambda name, value, logged=logged, **_: logged.update({name: value.item()})
         module.validation_step(batch, 0)
         with module.motion_adapter.use(None):
-            losses[init] = module._diffusion_loss(batch, batch.captions, "validation").item(), logged
+            losses[init] = module.backbone.loss(*module._conditions(batch, "validation")).item(), logged
         module.teardown("fit")
     bare, logged = losses["zero"]
     assert logged["val/loss"] == logged["val/loss_null"] == bare
@@ -81,7 +84,7 @@ def test_options_that_must_not_change_the_numbers(adapter_module, batch):
         loss = train_step(module, batch)
         if options.get("cache"):  # the second time everything comes from memory
             module.zero_grad()
-            module.backbone.encode_video = module.backbone.encode_text = None
+            module.backbone.encode_video = module.backbone.encode_context = None
             loss = train_step(module, batch)
         results.append((loss, [p.grad for p in module.parameters()]))
     for loss, grads in results[1:]:
@@ -96,7 +99,8 @@ def test_features_come_from_the_encoder_when_the_data_has_none(adapter_module, b
 
 
 def test_loss_falls(adapter_module, fit, memory_clips):
-    module = adapter_module(init="reference", lr=1e-2, text_dropout=0, reference_dropout=0, cache=True)
+    module = adapter_module(init="reference", lr=1e-2, reference_dropout=0, cache=True)
+    module.backbone.text_dropout = 0
     before = {k: v.clone() for k, v in module.backbone.denoiser.state_dict().items()}
     fit(module, 1)
     first = fixed_loss(module, memory_clips())
@@ -111,7 +115,7 @@ def fixed_loss(module, clips):
     batch = Part(clips, list(range(12))).__getitems__([(0, i) for i in range(12)])
     module.setup("validate")
     with torch.no_grad(), module.motion_adapter.use(module.resampler(batch.target_motion)):
-        loss = module._diffusion_loss(batch, batch.captions, "validation").item()
+        loss = module.backbone.loss(*module._conditions(batch, "validation")).item()
     module.teardown("validate")
     return loss
 

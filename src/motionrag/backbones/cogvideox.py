@@ -45,19 +45,20 @@ TINY_TRANSFORMER = dict(
 )  # fmt: skip
 
 
-class T5Text:
+class T5Text(nn.Module):
     """The text encoder of the full model: T5 states of all `max_length` tokens, padding included."""
 
     def __init__(self, path: str, max_length: int = 226, dtype: torch.dtype = torch.float32):
         from transformers import AutoTokenizer, T5EncoderModel
 
+        super().__init__()
         self.max_length = max_length
         self.tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
         self.model = T5EncoderModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype).eval()
         self.model.requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
+    def forward(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> (B, max_length, 4096)."""
         ids = self.tokenizer(
             list(prompts),
@@ -69,13 +70,14 @@ class T5Text:
         return self.model(ids.to(self.model.device)).last_hidden_state
 
 
-class SentenceText:
+class SentenceText(nn.Module):
     """Token states of the sentence encoder, in place of T5 for the tiny model: no small T5 works offline."""
 
     def __init__(self, encoder: CaptionEncoder | None = None, max_length: int = 24):
+        super().__init__()
         self.encoder, self.max_length = encoder or CaptionEncoder(), max_length
 
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
+    def forward(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> (B, max_length, 384), zeros where there is no token."""
         states, mask = self.encoder.tokens(list(prompts), self.max_length)
         return states * mask[..., None]
@@ -86,12 +88,18 @@ class CogVideoX:
 
     Args:
         vae, transformer, scheduler: diffusers models; put into eval mode and frozen.
-        text: callable, prompts -> text states.
+        text: callable, prompts -> text states; an nn.Module is moved by `encoders_to`.
         frames, fps: clip length and rate it is used with; the picture size is the VAE's.
         name: what results and checkpoints call it.
         min_timestep: lowest time step that training draws. Motion is decided at high noise, so a short Stage 1 learns
             more from there; 0 is the reference.
+        text_dropout: share of training samples that see the empty prompt.
+        vae_tiling: let the autoencoder work on tiles, for less memory; blends their seams, so pixels differ a little.
+        random_weights: no trained weights were loaded.
     """
+
+    adapter_query = "output"
+    random_frame = False
 
     def __init__(
         self,
@@ -103,9 +111,14 @@ class CogVideoX:
         fps: float = 8.0,
         name: str = "cogvideox",
         min_timestep: int = 0,
+        text_dropout: float = 0.15,
+        vae_tiling: bool = False,
+        random_weights: bool = False,
     ):
         self.vae, self.denoiser, self.scheduler, self.text = vae, transformer, scheduler, text
         self.frames, self.fps, self.name, self.min_timestep = frames, fps, name, min_timestep
+        self.text_dropout, self.random_weights = text_dropout, random_weights
+        self._empty_prompt: Tensor | None = None
         self.spatial = 2 ** (len(vae.config.block_out_channels) - 1)
         self.height = transformer.config.sample_height * self.spatial
         self.width = transformer.config.sample_width * self.spatial
@@ -115,15 +128,18 @@ class CogVideoX:
             )
         for module in (vae, transformer):
             module.eval().requires_grad_(False)
+        if vae_tiling:
+            vae.enable_tiling()
 
     @classmethod
     def load(
         cls, path: str, text: Callable[[Sequence[str]], Tensor] | None = None, frames: int = 17, fps: float = 8.0,
-        dtype: str = "float32", name: str = "cogvideox", min_timestep: int = 0,
+        dtype: str = "float32", **options,
     ) -> CogVideoX:  # fmt: skip
         """Read vae/, transformer/ and scheduler/ from a folder, `pkg:NAME` or hub id.
 
-        `text` defaults to the T5 of the same place. Raises MotionRAGError if something is missing.
+        `text` defaults to the T5 of the same place; `options` are those of the class. Raises MotionRAGError if
+        something is missing.
         """
         folder, precision = resolve_weights(path), getattr(torch, dtype)
         try:
@@ -144,7 +160,7 @@ class CogVideoX:
                 f"backbone {path!r} cannot be loaded ({reason}); expected a folder or hub id with vae/, transformer/ "
                 "and scheduler/"
             ) from error
-        return cls(*parts, scheduler, text, frames, fps, name, min_timestep)
+        return cls(*parts, scheduler, text, frames, fps, **options)
 
     @classmethod
     def tiny(
@@ -162,6 +178,7 @@ class CogVideoX:
             text or SentenceText(),
             9,
             name="cogvideox_tiny",
+            random_weights=True,
         )
 
     # --- encoding --------------------------------------------------------------------------------------------------
@@ -182,6 +199,12 @@ class CogVideoX:
         self.denoiser.to(*args, **kwargs)
         return self
 
+    def encoders_to(self, device: torch.device | str) -> CogVideoX:
+        """Move the text encoder."""
+        if isinstance(self.text, nn.Module):
+            self.text.to(device)
+        return self
+
     @torch.no_grad()
     def encode_video(self, video: Tensor) -> Tensor:
         """(B, T, 3, H, W) in [-1, 1] -> scaled latents (B, F, C, h, w): the posterior's mode."""
@@ -190,23 +213,49 @@ class CogVideoX:
                 f"backbone {self.name} takes clips of {self.frames}x3x{self.height}x{self.width}, "
                 f"got {'x'.join(map(str, video.shape[1:]))}"
             )
-        latents = self.vae.encode(video.transpose(1, 2).to(self.vae.dtype)).latent_dist.mode()
-        return latents.transpose(1, 2) * self.vae.config.scaling_factor
+        return self._encode(video.transpose(1, 2))
 
     @torch.no_grad()
     def encode_image(
-        self, image: Tensor, generator: torch.Generator | None = None, noisy: bool = False
+        self, image: Tensor, generator: torch.Generator | None = None, noise_level: Tensor | None = None
     ) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, 1, C, h, w); `noisy` adds exp(N(-3, .5)) noise first."""
-        if noisy:
-            sigma = image_noise_sigma(len(image), generator).to(image)
-            image = noisy_image(image, sigma, randn_tensor(image.shape, generator, image.device, image.dtype))
-        latents = self.vae.encode(image[:, :, None].to(self.vae.dtype)).latent_dist.mode()
-        return latents.transpose(1, 2) * self.vae.config.scaling_factor
+        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, 1, C, h, w), of the image plus noise of level (B,)."""
+        if noise_level is not None:
+            noise = randn_tensor(image.shape, generator, image.device, image.dtype)
+            image = noisy_image(image, noise_level, noise)
+        return self._encode(image[:, :, None])
+
+    def _encode(self, video: Tensor) -> Tensor:
+        """(B, 3, T, H, W) -> scaled latents (B, F, C, h, w): the posterior's mode."""
+        posterior = self.vae.encode(video.to(self.vae.device, self.vae.dtype)).latent_dist
+        latents = posterior.mode().transpose(1, 2) * self.vae.config.scaling_factor
+        return latents.float().to(self.device)
+
+    def image_noise_level(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """exp(N(-3, .5)) for each image, (B,)."""
+        return image_noise_sigma(batch, generator)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> (B, L, D)."""
-        return self.text(prompts)
+        return self.text(prompts).to(self.device)
+
+    def encode_context(self, prompts: Sequence[str], images: Tensor) -> Tensor:
+        """The text states (B, L, D); images have no part in them."""
+        return self.encode_text(prompts)
+
+    def null_context(self, images: Tensor) -> Tensor:
+        """The text states of the empty prompt (B, L, D), computed once."""
+        if self._empty_prompt is None:
+            self._empty_prompt = self.encode_text([""])
+        return self._empty_prompt.to(self.device).expand(len(images), -1, -1)
+
+    def drop_conditions(
+        self, context: Tensor, image_latents: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The empty prompt for a share `text_dropout` of the samples; the image always stays."""
+        drop = torch.rand(len(context), generator=generator) < self.text_dropout
+        empty = self.null_context(image_latents).to(context)
+        return torch.where(drop.to(context.device)[:, None, None], empty, context), image_latents
 
     def adapter_sites(self) -> Mapping[str, nn.Module]:
         """The joint attention of every block."""
@@ -227,20 +276,22 @@ class CogVideoX:
             grid_size=grid, temporal_size=latent_frames, device=self.device,
         )  # fmt: skip
 
-    def predict(self, latents: Tensor, image_latents: Tensor, text: Tensor, timesteps: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, image_latents: Tensor, context: Tensor, timesteps: Tensor) -> Tensor:
         """Noisy latents (B, F, C, h, w) and conditions -> predicted velocity of that shape."""
         return self.denoiser(
             hidden_states=first_frame_condition(latents, image_latents).to(self.dtype),
-            encoder_hidden_states=text.to(self.dtype), timestep=timesteps,
+            encoder_hidden_states=context.to(self.dtype), timestep=timesteps,
             image_rotary_emb=self.rotary(latents.shape[1]), return_dict=False,
         )[0]  # fmt: skip
 
     def loss(
-        self, latents: Tensor, image_latents: Tensor, text: Tensor, generator: torch.Generator | None = None
-    ) -> Tensor:
+        self, latents: Tensor, image_latents: Tensor, context: Tensor,
+        generator: torch.Generator | None = None, noise_level: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """v-prediction MSE at uniform time steps from `min_timestep` on, a scalar.
 
-        Equals the reference's weighted x0 loss when `min_timestep` is 0.
+        Equals the reference's weighted x0 loss when `min_timestep` is 0. The image's noise level is not told to the
+        network.
         """
         steps = self.scheduler.config.num_train_timesteps
         timesteps = torch.randint(self.min_timestep, steps, (len(latents),), generator=generator).to(
@@ -248,17 +299,17 @@ class CogVideoX:
         )
         noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
         abar = self.scheduler.alphas_cumprod.to(latents.device)[timesteps]
-        velocity = self.predict(add_noise(latents, noise, abar), image_latents, text, timesteps)
+        velocity = self.predict(add_noise(latents, noise, abar), image_latents, context, timesteps)
         return v_loss(velocity, latents, noise, abar)
 
     # --- sampling --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample(
-        self, image: Tensor, text: Tensor, null_text: Tensor, *, steps: int = 25, guidance: float = 3.0,
+        self, image: Tensor, context: Tensor, null_context: Tensor, *, steps: int = 25, guidance: float = 3.0,
         seeds: Sequence[int] = (0,), motion: MotionInput | None = None, progress: bool = False,
     ) -> Tensor:  # fmt: skip
-        """DPM sampling. First frames (B, 3, H, W), text (B, L, D), null_text (1, L, D) -> (B, T, 3, H, W) in [-1, 1].
+        """DPM sampling. First frames (B, 3, H, W), contexts (B, L, D) -> (B, T, 3, H, W) in [-1, 1].
 
         Each sample has its own seed, so its noise does not depend on its batch. The guided order is
         [unconditional, conditional]; guidance 1 runs the conditional half alone.
@@ -272,7 +323,7 @@ class CogVideoX:
         latents = randn_tensor(shape, generators, self.device, torch.float32)
         guided = guidance != 1
         if guided:
-            text = torch.cat([null_text.expand_as(text), text])
+            context = torch.cat([null_context.expand_as(context), context])
             image_latents = torch.cat([image_latents] * 2)
         self.scheduler.set_timesteps(steps, device=self.device)
         timesteps, previous = self.scheduler.timesteps, None
@@ -285,7 +336,7 @@ class CogVideoX:
         with motion.use(guided) if motion else nullcontext():
             for i, t in enumerate(timesteps_shown):
                 both = torch.cat([latents] * 2) if guided else latents
-                velocity = self.predict(both, image_latents, text, t.expand(len(both))).float()
+                velocity = self.predict(both, image_latents, context, t.expand(len(both))).float()
                 if guided:
                     without, with_ = velocity.chunk(2)
                     velocity = without + guidance * (with_ - without)
@@ -298,5 +349,5 @@ class CogVideoX:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, F, C, h, w) -> video (B, T, 3, H, W), clamped to [-1, 1]."""
-        latents = latents.transpose(1, 2).to(self.vae.dtype) / self.vae.config.scaling_factor
-        return self.vae.decode(latents).sample.transpose(1, 2).float().clamp(-1, 1)
+        latents = latents.transpose(1, 2).to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
+        return self.vae.decode(latents).sample.transpose(1, 2).float().clamp(-1, 1).to(self.device)

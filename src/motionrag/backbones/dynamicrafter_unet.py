@@ -27,8 +27,8 @@ UNETS = {
     "256": dict(default_fs=3, image_cross_attention_scale_learnable=True),  # 256 x 256
 }
 TINY_UNET = dict(
-    model_channels=32, channel_mult=(1, 2, 3), num_res_blocks=1, attention_resolutions=(1, 2, 4),
-    num_head_channels=16, context_dim=384, norm_num_groups=8, text_tokens=24, dropout=0.0,
+    model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2, 1), num_head_channels=16,
+    context_dim=384, norm_num_groups=8, text_tokens=24, dropout=0.0,
 )  # fmt: skip
 
 

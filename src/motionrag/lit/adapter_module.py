@@ -39,10 +39,11 @@ class AdapterModule(L.LightningModule):
         optimizer: called with the trainable parameters.
         motion_encoder: encodes clips whose features the data does not bring, and the zero clip.
         scheduler: called with the optimizer; steps once per optimizer step.
-        text_dropout, reference_dropout: per-sample chance of the empty caption and of the zero clip.
+        reference_dropout: per-sample chance of the zero clip; the backbone drops its own conditions by its own rule.
         weights: weights file to start from.
         gradient_checkpointing: recompute the denoiser's activations in backward.
-        cache: keep latents and text states of clips seen once, in memory (small data sets).
+        cache: keep latents and contexts of clips seen once, in memory (small data sets). The context's encoders then
+            stay on the CPU and visit the device for new clips only.
         seed: of noise and dropout.
     """
 
@@ -54,7 +55,6 @@ class AdapterModule(L.LightningModule):
         optimizer: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer],
         motion_encoder: MotionEncoder,
         scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
-        text_dropout: float = 0.15,
         reference_dropout: float = 0.15,
         weights: str | None = None,
         gradient_checkpointing: bool = False,
@@ -72,9 +72,9 @@ class AdapterModule(L.LightningModule):
         if weights:
             load_weights(weights, resampler=self.resampler, motion_adapter=self.motion_adapter)
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
-        self.text_dropout, self.reference_dropout = text_dropout, reference_dropout
+        self.reference_dropout = reference_dropout
         self.seed = seed
-        self._kept: dict[str, dict[str, Tensor]] | None = {"latents": {}, "text": {}} if cache else None
+        self._kept: dict[str, dict[tuple, Tensor]] | None = {"latents": {}, "context": {}} if cache else None
         self._null_features: Tensor | None = None
 
     @property
@@ -117,23 +117,19 @@ class AdapterModule(L.LightningModule):
     def on_fit_start(self) -> None:
         for part in self._frozen:
             part.to(self.device)
+        if self._kept is None:
+            self.backbone.encoders_to(self.device)
 
     def training_step(self, batch: MotionBatch, batch_idx: int) -> Tensor:
         features = self.motion_features(batch)
-        captions = list(batch.captions)
-        for row, position in enumerate(batch.position):
-            drop = torch.Generator().manual_seed(step_seed(self.seed, "dropout", position))
-            text, reference = torch.rand(2, generator=drop).tolist()
-            if text < self.text_dropout:
-                captions[row] = ""
-            if (
-                reference < self.reference_dropout
-            ):  # null tokens, not a skipped branch: DDP needs every gradient
-                features = features.clone()
-                features[row] = self.null_features()[0]
+        dropout = [torch.Generator().manual_seed(step_seed(self.seed, "dropout", p)) for p in batch.position]
+        conditions = self._conditions(batch, "noise", dropout)
+        # null tokens, not a skipped branch: DDP needs every gradient
+        drop = torch.cat([torch.rand(1, generator=g) for g in dropout]) < self.reference_dropout
+        features = torch.where(drop.to(features.device)[:, None, None], self.null_features(), features)
         # Not `use`: gradient checkpointing reads the tokens again during backward, after this method returned.
         self.motion_adapter.set(self.resampler(features))
-        loss = self._diffusion_loss(batch, captions, "noise")
+        loss = self.backbone.loss(*conditions)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
 
@@ -146,29 +142,50 @@ class AdapterModule(L.LightningModule):
         null = self.resampler(self.null_features()).expand_as(tokens)
         for name, motion in (("val/loss", tokens), ("val/loss_null", null)):
             with self.motion_adapter.use(motion):
-                loss = self._diffusion_loss(batch, batch.captions, "validation")
+                loss = self.backbone.loss(*self._conditions(batch, "validation"))
             self.log(name, loss, prog_bar=name == "val/loss", batch_size=len(batch), sync_dist=True)
 
-    def _diffusion_loss(self, batch: MotionBatch, captions: list[str], purpose: str) -> Tensor:
+    @torch.no_grad()
+    def _conditions(
+        self, batch: MotionBatch, purpose: str, dropout: list[torch.Generator] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, torch.Generator, Tensor | None]:
+        """Arguments of the backbone's loss; with `dropout`, one generator a clip, conditions are left out."""
+        backbone, clips = self.backbone, batch.clip_id
         generator = torch.Generator().manual_seed(step_seed(self.seed, purpose, batch.position[0]))
-        with torch.no_grad():
-            latents = self._encoded(
-                "latents", batch.clip_id, lambda rows: self.backbone.encode_video(batch.video[rows])
-            )
-            text = self._encoded(
-                "text", captions, lambda rows: self.backbone.encode_text([captions[r] for r in rows])
-            )
-            image = self.backbone.encode_image(batch.video[:, 0], generator, noisy=True)
-        return self.backbone.loss(latents, image, text.to(self.device), generator)
+        frames = [0] * len(batch)
+        if backbone.random_frame:
+            frames = torch.randint(backbone.frames, (len(batch),), generator=generator).tolist()
+        images = batch.video[range(len(batch)), frames]
+        latents = self._encoded(
+            "latents", [(clip,) for clip in clips], lambda rows: backbone.encode_video(batch.video[rows])
+        )
+        context = self._encoded(
+            "context",
+            list(zip(clips, frames, strict=True)),
+            lambda rows: backbone.encode_context([batch.captions[r] for r in rows], images[rows]),
+        )
+        level = backbone.image_noise_level(len(batch), generator)
+        image_latents = backbone.encode_image(images, generator, level)
+        if dropout is not None:
+            kept = [
+                backbone.drop_conditions(context[i : i + 1], image_latents[i : i + 1], g)
+                for i, g in enumerate(dropout)
+            ]
+            context, image_latents = (torch.cat(part) for part in zip(*kept, strict=True))
+        return latents, image_latents, context, generator, level
 
-    def _encoded(self, kind: str, names: list[str], encode: Callable[[list[int]], Tensor]) -> Tensor:
+    def _encoded(self, kind: str, names: list[tuple], encode: Callable[[list[int]], Tensor]) -> Tensor:
         """Encode all rows, or with the cache on only those never seen before."""
         if self._kept is None:
             return encode(list(range(len(names))))
         kept = self._kept[kind]
         new = list({name: row for row, name in enumerate(names) if name not in kept}.items())
         if new:
+            if kind == "context":
+                self.backbone.encoders_to(self.device)
             kept.update(zip((name for name, _ in new), encode([row for _, row in new]), strict=True))
+            if kind == "context":
+                self.backbone.encoders_to("cpu")
         return torch.stack([kept[name] for name in names])
 
     def configure_optimizers(self) -> Any:
@@ -193,12 +210,12 @@ class AdapterModule(L.LightningModule):
             self.resampler(self.motion_features(batch)),
             self.resampler(self.null_features()),
         )
-        text = self.backbone.encode_text(batch.captions).to(self.device)
-        null_text = self.backbone.encode_text([""]).to(self.device)
+        images = batch.video[:, 0]
+        contexts = self.backbone.encode_context(batch.captions, images), self.backbone.null_context(images)
         seeds = [step_seed(self.seed, "sample", position) for position in batch.position]
         options = {"steps": steps, "guidance": guidance, "seeds": seeds}
         with self.motion_adapter.use(None):
             return {
-                "without": self.backbone.sample(batch.video[:, 0], text, null_text, **options),
-                "with": self.backbone.sample(batch.video[:, 0], text, null_text, motion=motion, **options),
+                "without": self.backbone.sample(images, *contexts, **options),
+                "with": self.backbone.sample(images, *contexts, motion=motion, **options),
             }

@@ -1,0 +1,409 @@
+"""DynamiCrafter image-to-video (Xing et al., arXiv 2310.12190): `Doubiiu/DynamiCrafter_1024`, or a tiny random one.
+
+The UNet is in `dynamicrafter_unet`; here are objective, conditions and sampling. Shapes: B batch, T frames, C latent
+channels, h x w latent pixels, L text tokens, l image tokens of a frame, D their width. Latents are (B, T, C, h, w).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import (
+    _resize_with_antialiasing as resize_with_antialiasing,
+)
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from motionrag.backbones.base import MotionInput
+from motionrag.backbones.cogvideox import SentenceText
+from motionrag.backbones.dynamicrafter_unet import TINY_UNET, DynamiCrafterUNet
+from motionrag.errors import MotionRAGError
+from motionrag.modules.ddim import Prediction, Schedule, Spacing, Step, ddim_step, guide
+from motionrag.modules.diffusion import add_noise, noisy_image, v_loss
+from motionrag.modules.resampler import Resampler
+
+VAE = dict(
+    block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, layers_per_block=2, norm_num_groups=32,
+    scaling_factor=0.18215,
+)  # fmt: skip
+IMAGE_RESAMPLER = dict(dim=1024, depth=4, dim_head=64, heads=12, num_queries=16, embedding_dim=1280, output_dim=1024)
+TINY_VAE = VAE | dict(
+    block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=32
+)  # fmt: skip
+TINY_IMAGE_RESAMPLER = dict(dim=32, depth=1, dim_head=16, heads=2, num_queries=2, embedding_dim=32, output_dim=384)
+TINY_CLIP_IMAGE = dict(
+    image_size=32, patch_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+)  # fmt: skip
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class CLIPText(nn.Module):
+    """OpenCLIP's text states as DynamiCrafter reads them: the last but one layer, then the final norm.
+
+    The last layer is taken out of the model, so what its final norm gives is just that. Prompts are filled up to
+    `max_length` with token 0 and no mask, as OpenCLIP does.
+    """
+
+    def __init__(self, path: str, max_length: int = 77, dtype: torch.dtype = torch.float32):
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        super().__init__()
+        self.max_length = max_length
+        self.tokenizer = CLIPTokenizer.from_pretrained(path)
+        self.model = CLIPTextModel.from_pretrained(path, dtype=dtype).eval().requires_grad_(False)
+        self.model.encoder.layers = self.model.encoder.layers[:-1]
+
+    @torch.no_grad()
+    def forward(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> (B, max_length, D)."""
+        tokens = self.tokenizer(list(prompts), truncation=True, max_length=self.max_length).input_ids
+        ids = [F.pad(torch.tensor(row), (0, self.max_length - len(row))) for row in tokens]
+        return self.model(torch.stack(ids).to(self.model.device)).last_hidden_state
+
+
+class CLIPImage(nn.Module):
+    """OpenCLIP's image states: all tokens of the last layer, class token first, without the final norm."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, path: str, dtype: torch.dtype = torch.float32) -> CLIPImage:
+        """Read a CLIPVisionModel from a folder or hub id."""
+        from transformers import CLIPVisionModel
+
+        return cls(CLIPVisionModel.from_pretrained(path, dtype=dtype))
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> (B, N, D); squeezed into a square, nothing is cropped."""
+        side = self.model.config.image_size
+        images = (resize_with_antialiasing(images.float(), (side, side)) + 1) / 2
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+        return self.model(((images - mean) / std).to(self.model.device, self.model.dtype)).last_hidden_state
+
+
+def dropped(draws: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Which samples lose their text and which their image, from uniform draws (B,): two masks (B,) bool.
+
+    A `share` of all loses the text alone, one both, one the image alone.
+    """
+    return draws < 2 * share, (share <= draws) & (draws < 3 * share)
+
+
+def drop(states: Tensor, null: Tensor, mask: Tensor) -> Tensor:
+    """states (B, ...) with `null` (1 or B, ...) where mask (B,) is True."""
+    return torch.where(mask.to(states.device).reshape(-1, *[1] * (states.ndim - 1)), null.to(states), states)
+
+
+def with_image(latents: Tensor, image_latents: Tensor) -> Tensor:
+    """Condition latents (B, 1 or T, C, h, w) behind the channels of latents (B, T, C, h, w), the same in all frames."""
+    return torch.cat([latents, image_latents.to(latents).expand_as(latents)], dim=2)
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """What a sampling step leaves.
+
+    Attributes:
+        t: the time step it started from.
+        latents: (B, T, C, h, w) after it.
+        x0: the clean latents that the network implies, of the same shape.
+        predictions: of the UNet, each of that shape: unconditional, with image guidance image alone, conditional.
+    """
+
+    t: int
+    latents: Tensor
+    x0: Tensor
+    predictions: tuple[Tensor, ...]
+
+
+class DynamiCrafter:
+    """The frozen DynamiCrafter behind the `Backbone` protocol.
+
+    Args:
+        vae: diffusers' autoencoder, applied to single frames.
+        unet: the denoiser.
+        text: callable, prompts -> text states (B, L, D); an nn.Module is moved by `encoders_to`.
+        image_encoder: images -> (B, N, D_in).
+        image_resampler: these -> the image tokens of all frames (B, T*l, D).
+        schedule: noise levels and dynamic rescale.
+        frames, height, width, fps: clips it is used with. In training `fps` is also the frame-rate condition.
+        name: what results and checkpoints call it.
+        prediction: what the UNet predicts, "v", or "noise" (256 x 256 model).
+        sampling_fs: the frame-rate condition in sampling; the reference's 15 is not the rate that it trains with.
+        spacing, eta: of DDIM sampling; "uniform" is the reference's, see `Schedule.steps`.
+        guidance_rescale: see `guide`; 0 is the reference's.
+        image_guidance: guidance scale of the image, apart from the text's; None: one scale for both. Motion goes with
+            the text.
+        random_frame: condition training on a frame drawn from the clip (the reference) instead of the first.
+        condition_dropout: share of training samples that lose the text alone; as many lose the image alone, or both.
+        vae_tiling: let the autoencoder work on tiles, for less memory; blends their seams, so pixels differ a little.
+        random_weights: no trained weights were loaded.
+    """
+
+    query = "output"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        unet: DynamiCrafterUNet,
+        text: Callable[[Sequence[str]], Tensor],
+        image_encoder: nn.Module,
+        image_resampler: Resampler,
+        schedule: Schedule,
+        frames: int = 16,
+        height: int = 576,
+        width: int = 1024,
+        fps: float = 10.0,
+        name: str = "dynamicrafter",
+        prediction: Prediction = "v",
+        sampling_fs: int = 15,
+        spacing: Spacing = "trailing",
+        eta: float = 1.0,
+        guidance_rescale: float = 0.7,
+        image_guidance: float | None = None,
+        random_frame: bool = True,
+        condition_dropout: float = 0.05,
+        vae_tiling: bool = False,
+        random_weights: bool = False,
+    ):
+        self.vae, self.denoiser, self.schedule = vae, unet, schedule
+        self.text, self.image_encoder, self.image_resampler = text, image_encoder, image_resampler
+        self.frames, self.height, self.width, self.fps, self.name = frames, height, width, fps, name
+        self.prediction, self.sampling_fs = prediction, sampling_fs
+        self.spacing, self.eta = spacing, eta
+        self.guidance_rescale, self.image_guidance = guidance_rescale, image_guidance
+        self.random_frame, self.condition_dropout = random_frame, condition_dropout
+        self.random_weights = random_weights
+        self._null: Tensor | None = None
+        self.spatial = 2 ** (len(vae.config.block_out_channels) - 1)
+        unit = self.spatial * 2 ** (len(unet.config.channel_mult) - 1)
+        if height % unit or width % unit:
+            raise MotionRAGError(
+                f"backbone {name}: {height}x{width} pixels, expected multiples of {unit}; set height and width"
+            )
+        if prediction not in ("v", "noise"):
+            raise MotionRAGError(f"backbone {name}: prediction={prediction!r}, choose v or noise")
+        for module in (vae, unet, image_encoder, image_resampler):
+            module.eval().requires_grad_(False)
+        vae.enable_slicing()  # frame by frame, as the reference: the memory of one
+        if vae_tiling:
+            vae.enable_tiling()
+
+    @classmethod
+    def tiny(
+        cls, seed: int = 0, text: Callable[[Sequence[str]], Tensor] | None = None, fps: float = 8.0, **options
+    ) -> DynamiCrafter:
+        """Random weights at toy size, 9 x 32 x 32; nothing else differs. `options` are those of the class."""
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        frames = 9
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            vae, unet = AutoencoderKL(**TINY_VAE), DynamiCrafterUNet(**TINY_UNET)
+            # Layers that begin at zero would hide whatever stands before them.
+            for parameter in unet.parameters():
+                if not parameter.any():
+                    nn.init.normal_(parameter, std=0.05)
+            image_encoder = CLIPImage(CLIPVisionModel(CLIPVisionConfig(**TINY_CLIP_IMAGE)))
+            image_resampler = Resampler(video_length=frames, **TINY_IMAGE_RESAMPLER)
+        sizes = dict(frames=frames, height=32, width=32, fps=fps, name="dynamicrafter_tiny")
+        schedule = Schedule(base_scale=0.3)
+        parts = (vae, unet, text or SentenceText(), image_encoder, image_resampler, schedule)
+        return cls(*parts, **sizes | {"random_weights": True} | options)
+
+    # --- places ----------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return self.denoiser.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the denoiser."""
+        return self.denoiser.dtype
+
+    def to(self, *args, **kwargs) -> DynamiCrafter:
+        """Move VAE and denoiser."""
+        self.vae.to(*args, **kwargs)
+        self.denoiser.to(*args, **kwargs)
+        return self
+
+    def encoders_to(self, device: torch.device | str) -> DynamiCrafter:
+        """Move text encoder, image encoder and image Resampler."""
+        for module in (self.text, self.image_encoder, self.image_resampler):
+            if isinstance(module, nn.Module):
+                module.to(device)
+        return self
+
+    # --- encoding --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_video(self, video: Tensor) -> Tensor:
+        """(B, T, 3, H, W) in [-1, 1] -> scaled latents (B, T, C, h, w): the posterior's mode of every frame."""
+        if tuple(video.shape[1:]) != (self.frames, 3, self.height, self.width):
+            raise MotionRAGError(
+                f"backbone {self.name} takes clips of {self.frames}x3x{self.height}x{self.width}, "
+                f"got {'x'.join(map(str, video.shape[1:]))}"
+            )
+        return self._encode(video)
+
+    @torch.no_grad()
+    def encode_image(
+        self, image: Tensor, generator: torch.Generator | None = None, noise_level: Tensor | None = None
+    ) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, 1, C, h, w), of the image plus noise of level (B,)."""
+        if noise_level is not None:
+            noise = randn_tensor(image.shape, generator, image.device, image.dtype)
+            image = noisy_image(image, noise_level, noise)
+        return self._encode(image[:, None])
+
+    def _encode(self, video: Tensor) -> Tensor:
+        """(B, T, 3, H, W) -> scaled latents (B, T, C, h, w) float32 on the denoiser's device."""
+        frames = video.flatten(0, 1).to(self.vae.device, self.vae.dtype)
+        latents = self.vae.encode(frames).latent_dist.mode() * self.vae.config.scaling_factor
+        return latents.unflatten(0, video.shape[:2]).float().to(self.device)
+
+    def image_noise_level(self, batch: int, generator: torch.Generator | None = None) -> None:
+        """None: the condition image stays clean in training."""
+
+    @torch.no_grad()
+    def encode_context(self, prompts: Sequence[str], images: Tensor) -> Tensor:
+        """Text states and, behind them, the image tokens of frame 1, frame 2, ...: (B, L + T*l, D)."""
+        latents = self.image_resampler.latents
+        tokens = self.image_resampler(self.image_encoder(images).to(latents))
+        return torch.cat([self.text(prompts).to(self.device).float(), tokens.to(self.device).float()], dim=1)
+
+    def null_context(self, images: Tensor) -> Tensor:
+        """Context of the empty prompt and an all-zero (grey) image (B, L + T*l, D), computed once."""
+        if self._null is None:
+            self._null = self.encode_context([""], torch.zeros(1, 3, self.height, self.width))
+        return self._null.to(self.device).expand(len(images), -1, -1)
+
+    def drop_conditions(
+        self, context: Tensor, image_latents: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Text, image tokens or both of some samples become those of the null context; the image latents stay."""
+        no_text, no_image = dropped(torch.rand(len(context), generator=generator), self.condition_dropout)
+        text = self.denoiser.config.text_tokens
+        null = self.null_context(context)
+        parts = [(slice(0, text), no_text), (slice(text, None), no_image)]
+        return torch.cat([drop(context[:, p], null[:, p], mask) for p, mask in parts], dim=1), image_latents
+
+    def adapter_sites(self) -> Mapping[str, nn.Module]:
+        """The cross-attention of every spatial transformer."""
+        return self.denoiser.adapter_sites()
+
+    # --- training --------------------------------------------------------------------------------------------------
+
+    def predict(
+        self, latents: Tensor, image_latents: Tensor, context: Tensor, timesteps: Tensor, fs: Tensor
+    ) -> Tensor:
+        """The UNet's prediction, float32 in the shape of the noisy latents (B, T, C, h, w).
+
+        image_latents (B, 1 or T, C, h, w), context (B, L + T*l, D), timesteps and frame-rate condition fs (B,).
+        """
+        x = with_image(latents, image_latents).transpose(1, 2).to(self.dtype)
+        device = self.device
+        out = self.denoiser(x, timesteps.to(device), context.to(device, self.dtype), fs.to(device))
+        return out.transpose(1, 2).float()
+
+    def loss(
+        self, latents: Tensor, image_latents: Tensor, context: Tensor, generator: torch.Generator | None = None,
+        noise_level: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """MSE on v (or on the noise) at uniform time steps, of dynamically rescaled latents; a scalar."""
+        timesteps = torch.randint(0, len(self.schedule), (len(latents),), generator=generator)
+        noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
+        x0, abar = self.schedule.rescale(latents, timesteps), self.schedule.abar[timesteps]
+        fs = torch.full((len(latents),), int(self.fps))
+        predicted = self.predict(add_noise(x0, noise, abar), image_latents, context, timesteps, fs)
+        return v_loss(predicted, x0, noise, abar) if self.prediction == "v" else F.mse_loss(predicted, noise)
+
+    # --- sampling --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self, image: Tensor, context: Tensor, null_context: Tensor, *, steps: int = 30, guidance: float = 2.0,
+        seeds: Sequence[int] = (0,), motion: MotionInput | None = None, progress: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """DDIM sampling. First frames (B, 3, H, W), contexts (B, L + T*l, D) -> (B, T, 3, H, W) in [-1, 1].
+
+        Each sample has its own seed, so its noise does not depend on its batch. Guidance 1 runs the conditional part
+        alone.
+        """
+        if len(seeds) != len(image):
+            raise ValueError(f"{len(image)} images but {len(seeds)} seeds")
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        image_latents = self.encode_image(image)
+        shape = (len(image), self.frames, *image_latents.shape[2:])
+
+        def noise() -> Tensor:
+            return randn_tensor(shape, generators, self.device, torch.float32)
+
+        steps_taken = self.denoise(
+            noise(), image_latents, context, null_context, steps=steps, guidance=guidance,
+            fs=torch.full((len(image),), self.sampling_fs), noises=(noise() for _ in count()), motion=motion,
+        )  # fmt: skip
+        if progress:
+            from tqdm import tqdm
+
+            steps_taken = tqdm(steps_taken, desc="denoising", leave=False, total=len(self.steps(steps)))
+        for step in steps_taken:
+            latents = step.latents
+        return self.decode(latents)
+
+    @torch.no_grad()
+    def denoise(
+        self, latents: Tensor, image_latents: Tensor, context: Tensor, null_context: Tensor, *, steps: int,
+        guidance: float, fs: Tensor, noises: Iterable[Tensor], motion: MotionInput | None = None,
+    ) -> Iterator[Denoised]:  # fmt: skip
+        """Every step of DDIM from noise (B, T, C, h, w), with the noise that each adds taken from `noises`.
+
+        The parts of guidance run as one batch, first unconditional, last conditional; with `image_guidance` the image
+        without the text between them.
+        """
+        batch = len(latents)
+        contexts, motions = [context], []
+        if guidance != 1 and self.image_guidance is not None:
+            text = self.denoiser.config.text_tokens
+            contexts.insert(0, torch.cat([null_context[:, :text], context[:, text:]], dim=1))
+        if guidance != 1:
+            contexts.insert(0, null_context)
+        if motion is not None:
+            motions = [motion.null_tokens.expand_as(motion.tokens)] * (len(contexts) - 1) + [motion.tokens]
+        parts, context = len(contexts), torch.cat(contexts)
+        image_latents, fs = torch.cat([image_latents] * parts), torch.cat([fs] * parts)
+        with motion.adapter.use(torch.cat(motions), motion.scale) if motion else nullcontext():
+            for step, noise in zip(self.steps(steps), noises, strict=False):
+                timesteps = torch.full((parts * batch,), step.t)
+                predicted = self.predict(torch.cat([latents] * parts), image_latents, context, timesteps, fs)
+                predictions = predicted.chunk(parts)
+                if parts > 1:
+                    predicted = guide(
+                        predictions[-1], predictions[0], guidance, *predictions[1:-1],
+                        image_scale=self.image_guidance, rescale=self.guidance_rescale,
+                    )  # fmt: skip
+                latents, x0 = ddim_step(latents, predicted, step, noise, self.prediction)
+                yield Denoised(step.t, latents, x0, predictions)
+
+    def steps(self, number: int) -> list[Step]:
+        """The steps of sampling; "uniform" spacing may take more of them than asked for."""
+        return self.schedule.steps(number, self.spacing, self.eta)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, T, C, h, w) -> video (B, T, 3, H, W), clamped to [-1, 1]."""
+        frames = latents.flatten(0, 1).to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
+        video = self.vae.decode(frames).sample.float().clamp(-1, 1)
+        return video.unflatten(0, latents.shape[:2]).to(self.device)
