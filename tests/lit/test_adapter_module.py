@@ -78,13 +78,22 @@ def test_a_fresh_adapter_starts_at_the_bare_loss_and_motion_moves_it(adapter_mod
 
 def test_options_that_must_not_change_the_numbers(adapter_module, batch):
     """Gradient checkpointing and the cache change memory and time only."""
+    check_same_step(adapter_module, batch, [{}, {"gradient_checkpointing": True}, {"cache": True}])
+    check_same_step(
+        adapter_module, batch, [{"fixed_image_noise": True}, {"fixed_image_noise": True, "cache": True}]
+    )
+
+
+def check_same_step(adapter_module, batch, variants):
     results = []
-    for options in ({}, {"gradient_checkpointing": True}, {"cache": True}):
+    for options in variants:
         module = adapter_module(init="reference", **options)
         loss = train_step(module, batch)
         if options.get("cache"):  # the second time everything comes from memory
             module.zero_grad()
             module.backbone.encode_video = module.backbone.encode_context = None
+            if options.get("fixed_image_noise"):
+                module.backbone.encode_image = None
             loss = train_step(module, batch)
         results.append((loss, [p.grad for p in module.parameters()]))
     for loss, grads in results[1:]:

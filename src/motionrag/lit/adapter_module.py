@@ -16,7 +16,7 @@ from motionrag.modules.motion_adapter import MotionAdapter
 from motionrag.modules.resampler import Resampler
 
 
-def step_seed(seed: int, purpose: str, position: int) -> int:
+def step_seed(seed: int, purpose: str, position: int | tuple) -> int:
     """A 63-bit seed for one purpose at one place of the training stream.
 
     Randomness of a step depends on nothing else, so a resumed run draws what the uninterrupted one would have.
@@ -44,6 +44,8 @@ class AdapterModule(L.LightningModule):
         gradient_checkpointing: recompute the denoiser's activations in backward.
         cache: keep latents and contexts of clips seen once, in memory (small data sets). The context's encoders then
             stay on the CPU and visit the device for new clips only.
+        fixed_image_noise: every condition image keeps one draw of its noise (the reference draws anew each time), so
+            that `cache` keeps its latents too.
         seed: of noise and dropout.
     """
 
@@ -59,6 +61,7 @@ class AdapterModule(L.LightningModule):
         weights: str | None = None,
         gradient_checkpointing: bool = False,
         cache: bool = False,
+        fixed_image_noise: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -73,8 +76,10 @@ class AdapterModule(L.LightningModule):
             load_weights(weights, resampler=self.resampler, motion_adapter=self.motion_adapter)
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self.reference_dropout = reference_dropout
-        self.seed = seed
-        self._kept: dict[str, dict[tuple, Tensor]] | None = {"latents": {}, "context": {}} if cache else None
+        self.seed, self.fixed_image_noise = seed, fixed_image_noise
+        self._kept: dict[str, dict[tuple, Any]] | None = (
+            {"latents": {}, "context": {}, "images": {}} if cache else None
+        )
         self._null_features: Tensor | None = None
 
     @property
@@ -164,8 +169,7 @@ class AdapterModule(L.LightningModule):
             list(zip(clips, frames, strict=True)),
             lambda rows: backbone.encode_context([batch.captions[r] for r in rows], images[rows]),
         )
-        level = backbone.image_noise_level(len(batch), generator)
-        image_latents = backbone.encode_image(images, generator, level)
+        image_latents, level = self._image_latents(images, list(zip(clips, frames, strict=True)), generator)
         if dropout is not None:
             kept = [
                 backbone.drop_conditions(context[i : i + 1], image_latents[i : i + 1], g)
@@ -173,6 +177,23 @@ class AdapterModule(L.LightningModule):
             ]
             context, image_latents = (torch.cat(part) for part in zip(*kept, strict=True))
         return latents, image_latents, context, generator, level
+
+    def _image_latents(
+        self, images: Tensor, names: list[tuple], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        """Condition latents (B, 1, C, h, w) and their noise levels (B,)."""
+        backbone = self.backbone
+        if not self.fixed_image_noise:
+            level = backbone.image_noise_level(len(images), generator)
+            return backbone.encode_image(images, generator, level), level
+        kept = {} if self._kept is None else self._kept["images"]
+        for row, name in enumerate(names):
+            if name not in kept:
+                own = torch.Generator().manual_seed(step_seed(self.seed, "image", name))
+                level = backbone.image_noise_level(1, own)
+                kept[name] = backbone.encode_image(images[row : row + 1], own, level), level
+        latents, levels = zip(*(kept[name] for name in names), strict=True)
+        return torch.cat(latents), None if levels[0] is None else torch.cat(levels)
 
     def _encoded(self, kind: str, names: list[tuple], encode: Callable[[list[int]], Tensor]) -> Tensor:
         """Encode all rows, or with the cache on only those never seen before."""
