@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Dinov2Config, Dinov2Model, VideoMAEConfig, VideoMAEForVideoClassification
 
-from motionrag.data.motionworld import COLOURS, GROUNDS, SHAPES, WorldClip, motions
+from motionrag.data.motions import motions
+from motionrag.data.motionworld import COLOURS, GROUNDS, SHAPES, WorldClip
 from motionrag.encoders import prepare_pixels
 
 ACTIONS = [m.name for m in motions("known")]

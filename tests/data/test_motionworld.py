@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from motionrag.data.motions import motions
 from motionrag.data.motionworld import (
     COLOURS,
     GROUNDS,
     SHAPES,
     clip_stream,
     make_dataset,
-    motions,
     render,
     sample_clip,
     track_object,
