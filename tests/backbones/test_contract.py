@@ -12,11 +12,12 @@ from torch import Tensor
 
 from motionrag.backbones.base import Backbone, MotionInput
 from motionrag.backbones.cogvideox import CogVideoX
+from motionrag.backbones.svd import SVD
 from motionrag.errors import MotionRAGError
 from motionrag.modules.motion_adapter import MotionAdapter
 from motionrag.modules.resampler import Resampler
 
-BACKBONES = {"cogvideox": CogVideoX.tiny}  # name -> a tiny one, the same at every call
+BACKBONES = {"cogvideox": CogVideoX.tiny, "svd": SVD.tiny}  # name -> a tiny one, the same at every call
 
 TOKENS, WIDTH = 8, 16  # of the motion tokens
 PROMPTS = ["a ball rolls to the left", "a wheel turns"]
@@ -58,7 +59,7 @@ def clips(backbone) -> Clips:
 def adapter(backbone):
     """An attached adapter whose values are not zero any more."""
     torch.manual_seed(0)
-    adapter = MotionAdapter.for_modules(backbone.adapter_sites(), WIDTH)
+    adapter = MotionAdapter.for_modules(backbone.adapter_sites(), WIDTH, query=backbone.adapter_query)
     for name in adapter.site_names:
         torch.nn.init.normal_(adapter.site(name).to_v.weight)
     yield adapter.attach(backbone.adapter_sites())

@@ -12,11 +12,11 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox_image2video import get_resize_crop_region_for_grid
-from diffusers.utils import is_accelerate_available
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from motionrag.backbones.base import MotionInput
+from motionrag.backbones.parts import read_parts
 from motionrag.encoders import CaptionEncoder, resolve_weights
 from motionrag.errors import MotionRAGError
 from motionrag.modules.diffusion import (
@@ -46,15 +46,22 @@ TINY_TRANSFORMER = dict(
 
 
 class T5Text(nn.Module):
-    """The text encoder of the full model: T5 states of all `max_length` tokens, padding included."""
+    """The text encoder of the full model: T5 states of all `max_length` tokens, padding included.
 
-    def __init__(self, path: str, max_length: int = 226, dtype: torch.dtype = torch.float32):
+    path: folder or hub id with tokenizer/ and text_encoder/. Raises MotionRAGError if something is missing.
+    """
+
+    def __init__(self, path: str, max_length: int = 226, dtype: str = "float32"):
         from transformers import AutoTokenizer, T5EncoderModel
 
         super().__init__()
         self.max_length = max_length
-        self.tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer")
-        self.model = T5EncoderModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype).eval()
+        (self.model,) = read_parts(path, dtype, text_encoder=T5EncoderModel)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(resolve_weights(path), subfolder="tokenizer")
+        except (OSError, ValueError) as error:
+            raise MotionRAGError(f"backbone {path!r} has no readable tokenizer/: copy it again") from error
+        self.model.eval()
         self.model.requires_grad_(False)
 
     @torch.no_grad()
@@ -141,26 +148,14 @@ class CogVideoX:
         `text` defaults to the T5 of the same place; `options` are those of the class. Raises MotionRAGError if
         something is missing.
         """
-        folder, precision = resolve_weights(path), getattr(torch, dtype)
-        try:
-            parts = [
-                kind.from_pretrained(
-                    folder, subfolder=sub, torch_dtype=precision, low_cpu_mem_usage=is_accelerate_available()
-                )
-                for kind, sub in (
-                    (AutoencoderKLCogVideoX, "vae"),
-                    (CogVideoXTransformer3DModel, "transformer"),
-                )
-            ]
-            scheduler = CogVideoXDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-            text = text or T5Text(folder, dtype=precision)
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise MotionRAGError(
-                f"backbone {path!r} cannot be loaded ({reason}); expected a folder or hub id with vae/, transformer/ "
-                "and scheduler/"
-            ) from error
-        return cls(*parts, scheduler, text, frames, fps, **options)
+        parts = read_parts(
+            path,
+            dtype,
+            vae=AutoencoderKLCogVideoX,
+            transformer=CogVideoXTransformer3DModel,
+            scheduler=CogVideoXDPMScheduler,
+        )
+        return cls(*parts, text or T5Text(path, dtype=dtype), frames, fps, **options)
 
     @classmethod
     def tiny(

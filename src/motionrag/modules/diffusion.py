@@ -69,3 +69,32 @@ def first_frame_condition(latents: Tensor, image_latents: Tensor) -> Tensor:
         *image_latents.shape[:1], latents.shape[1] - 1, *image_latents.shape[2:]
     )
     return torch.cat([latents, torch.cat([image_latents, padding], dim=1).to(latents)], dim=2)
+
+
+# --- EDM preconditioning, as Stable Video Diffusion is trained: x_t = x0 + sigma noise, sigma of shape (B,) ------------
+
+
+def edm_sigma(
+    batch: int,
+    generator: torch.Generator | None = None,
+    mean: float = 0.7,
+    std: float = 1.6,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Noise level exp(N(mean, std)) for each sample, (B,) float32."""
+    return torch.exp(mean + std * torch.randn(batch, generator=generator, device=device))
+
+
+def edm_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """sigma (B,) -> c_skip, c_out, c_in, c_noise, each (B,), for a network that predicts v.
+
+    c_skip = 1/(s^2+1), c_out = -s/sqrt(s^2+1), c_in = 1/sqrt(s^2+1), c_noise = ln(s)/4: the network's time step.
+    """
+    root = (sigma.square() + 1).sqrt()
+    return 1 / root.square(), -sigma / root, 1 / root, 0.25 * sigma.log()
+
+
+def edm_loss(denoised: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
+    """Squared error on clean latents (B, ...), weight (1 + s^2) / s^2, scalar float32."""
+    weight = (1 + sigma.float().square()) / sigma.float().square()
+    return (weight * (denoised.float() - x0.float()).square().flatten(1).mean(1)).mean()

@@ -1,0 +1,47 @@
+"""Reading a model that is kept in diffusers' layout: one folder for each network."""
+
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+from diffusers.utils import is_accelerate_available
+from safetensors import SafetensorError
+from torch import nn
+
+from motionrag.encoders import resolve_weights
+from motionrag.errors import MotionRAGError
+
+
+def read_parts(path: str, dtype: str = "float32", **kinds: type) -> list[Any]:
+    """Networks and scheduler below `path`: a folder, `pkg:NAME` or hub id; `kinds` maps subfolder to class.
+
+    Networks come frozen, in eval mode and in the precision named `dtype`. Raises MotionRAGError if a part or one of
+    its weights is missing, damaged or of another size.
+    """
+    precision = getattr(torch, dtype, None)
+    if not isinstance(precision, torch.dtype):
+        raise MotionRAGError(f"dtype={dtype}: expected float32, bfloat16 or float16")
+    folder, parts = resolve_weights(path), []
+    for name, kind in kinds.items():
+        try:
+            parts.append(_read(folder, name, kind, precision))
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise MotionRAGError(
+                f"backbone {path!r} cannot be loaded ({reason}); expected a folder or hub id with "
+                f"{', '.join(f'{part}/' for part in kinds)}"
+            ) from error
+    return parts
+
+
+def _read(folder: str, name: str, kind: type, precision: torch.dtype) -> Any:
+    if issubclass(kind, SchedulerMixin):
+        return kind.from_pretrained(folder, subfolder=name)
+    options: dict[str, Any] = {"dtype": precision}  # transformers
+    if kind.__module__.startswith("diffusers."):
+        options = {"torch_dtype": precision, "low_cpu_mem_usage": is_accelerate_available()}
+    network: nn.Module
+    network, info = kind.from_pretrained(folder, subfolder=name, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):  # the libraries would go on with random values
+        raise ValueError(f"{name}/ lacks {len(missing)} weights, the first is {missing[0]}")
+    return network.eval().requires_grad_(False)
