@@ -9,12 +9,12 @@ STAMP := $(VENV)/.installed
 EXTRA := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: help venv demo test lint format weights clean
+.PHONY: help venv demo test lint format weights experiment clean
 
 help: ## print this list
 	@echo "MotionRAG: retrieved motion for frozen image-to-video backbones"
 	@echo
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 venv: $(STAMP) ## create .venv and install everything (other targets do it by themselves)
 
@@ -44,6 +44,9 @@ format: venv ## rewrite the code in the project's format
 
 weights: venv ## train the tiny weights that ship with the package again
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash experiments/tiny_weights/make.sh
+
+experiment: venv ## run experiments/NAME again: its table, plot and results.json (make experiment NAME=headline)
+	$(BIN)/python experiments/run.py $(or $(NAME),$(error give the experiment: make experiment NAME=headline))
 
 clean: ## remove the environment and all results
 	rm -rf $(VENV) outputs multirun

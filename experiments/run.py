@@ -1,0 +1,164 @@
+"""Run one experiment of this folder and write its table and plot: `make experiment NAME=headline`.
+
+`NAME/experiment.yaml` holds the question, the seeds and the arms; an arm is a list of overrides of `motionrag evaluate`.
+Every arm runs once per seed, on the same test clips and the same noise; finished runs are kept in
+outputs/experiments/NAME and not run again. Written beside the yaml:
+
+- results.json: per arm and domain the mean over clips and seeds, its standard error, and the paired difference to the
+  baseline arm with its standard error; settings, seeds, seconds, commit
+- table.md, plot.png
+
+A standard error is over test clips: each clip's values are averaged over the seeds first, because one clip's seeds
+are no independent evidence.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from motionrag.cli import conf_dir
+from motionrag.cli.demo import join_tables
+from motionrag.data.motionworld import make_dataset
+from motionrag.errors import MotionRAGError
+from motionrag.io import write_json, write_text
+from motionrag.provenance import git_state
+
+HERE = Path(__file__).parent
+OUTPUTS = HERE.parent / "outputs" / "experiments"
+METRICS = {"action_score": ("Action Score", 1), "trajectory_error": ("path error, px", -1), "dino_score": ("DINO score", 1)}  # fmt: skip
+
+
+def verb(name: str, *overrides: str) -> dict[str, Any]:
+    """`motionrag NAME overrides...` inside this process."""
+    cfg = compose(config_name=name, overrides=list(overrides))
+    return importlib.import_module(f"motionrag.cli.{name}").run(cfg)
+
+
+def world(db_clips: int, test_clips: int, seed: int) -> tuple[Path, Path]:
+    """Retrieval database and packed test split of MotionWorld; made once for each size and seed."""
+    root = OUTPUTS / f"world-{db_clips}-{test_clips}-{seed}"
+    db, shards, done = root / "db", root / "test" / "shards", root / "done"
+    if not done.exists():
+        make_dataset(root / "world", db_clips, seed + 1, {"known": 46.0, "new": 14.0})
+        for domain in ("known", "new"):
+            folder = root / "test" / domain
+            make_dataset(folder, test_clips, seed + 2, {domain: 1.0}, held_out=True, prefix=f"test-{domain}")
+        table, videos = join_tables([root / "test" / d for d in ("known", "new")], root / "test")
+        verb("pack", f"table={root}/world/clips.csv", f"videos={root}/world/videos", f"out={root}/shards")
+        verb("pack", f"table={table}", f"videos={videos}", f"out={shards}")
+        verb("encode", f"shards={root}/shards", f"out={db}")
+        verb("index", f"db={db}")
+        write_text(done, "")
+    return db, shards
+
+
+def run_arm(out: Path, overrides: list[str]) -> None:
+    """One evaluation, unless `out` holds it already with these overrides."""
+    recipe, result = out / "overrides.json", out / "per_clip.csv"
+    if result.exists() and recipe.exists() and json.loads(recipe.read_text()) == overrides:
+        return
+    verb("evaluate", *overrides, f"out={out}", "save_clips=0")
+    write_json(recipe, overrides)
+
+
+def summarise(runs: dict[str, pd.DataFrame], baseline: str) -> dict[str, Any]:
+    """Arm -> domain -> metric -> mean, standard error, and both of the paired difference to the baseline."""
+    table: dict[str, Any] = {}
+    for arm, rows in runs.items():
+        for domain in sorted(rows.domain.unique()):
+            for metric in METRICS:
+                mine, base = (
+                    r[r.domain == domain].groupby("id")[metric].mean() for r in (rows, runs[baseline])
+                )
+                gain = (mine - base).dropna()
+                table.setdefault(arm, {}).setdefault(domain, {})[metric] = {
+                    "mean": mine.mean(), "standard_error": mine.sem(),
+                    "difference": gain.mean(), "difference_standard_error": gain.sem(), "clips": len(mine),
+                }  # fmt: skip
+    return table
+
+
+def markdown(table: dict[str, Any], baseline: str) -> str:
+    """One table for each domain; a difference of more than two standard errors is marked."""
+    lines = []
+    for domain in next(iter(table.values())):
+        lines += [f"**{domain} motions**", "", "| arm | " + " | ".join(h for h, _ in METRICS.values()) + " |"]
+        lines.append("|---|" + "---|" * len(METRICS))
+        for arm, domains in table.items():
+            cells = []
+            for metric, (_, sign) in METRICS.items():
+                v = domains[domain][metric]
+                text = f"{v['mean']:.2f} ± {v['standard_error']:.2f}"
+                if arm != baseline and abs(v["difference"]) > 2 * v["difference_standard_error"]:
+                    text += " ▲" if v["difference"] * sign > 0 else " ▼"
+                cells.append(text)
+            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join([*lines, f"± is the standard error over test clips; ▲ better, ▼ worse than {baseline} by more than two standard errors of the paired difference.", ""])  # fmt: skip
+
+
+def plot(path: Path, table: dict[str, Any]) -> None:
+    """Bars of Action Score and path error for each arm and domain."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [m for m in METRICS if m != "dino_score"]
+    domains = list(next(iter(table.values())))
+    figure, axes = plt.subplots(len(domains), len(shown), figsize=(10, 2.8 * len(domains)), squeeze=False)
+    for row, domain in zip(axes, domains, strict=True):
+        for axis, metric in zip(row, shown, strict=True):
+            values = [table[arm][domain][metric] for arm in table]
+            axis.bar(list(table), [v["mean"] for v in values], yerr=[v["standard_error"] for v in values], color="#4477aa", capsize=3)  # fmt: skip
+            axis.set_title(f"{METRICS[metric][0]}, {domain} motions", fontsize=10)
+            axis.tick_params(axis="x", labelrotation=40, labelsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(name: str) -> None:
+    folder = HERE / name
+    if not (folder / "experiment.yaml").is_file():
+        known = sorted(p.parent.name for p in HERE.glob("*/experiment.yaml"))
+        raise MotionRAGError(f"NAME={name}: no such experiment; choose from {', '.join(known)}")
+    spec = OmegaConf.to_container(OmegaConf.load(folder / "experiment.yaml"))
+    started = time.time()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        db, shards = world(**spec["world"])
+        runs: dict[str, list[pd.DataFrame]] = {}
+        for seed in spec["seeds"]:
+            for arm, overrides in spec["arms"].items():
+                out = OUTPUTS / name / f"{arm.replace('=', '')}-seed{seed}".replace(" ", "_")
+                run_arm(out, [f"db={db}", f"shards={shards}", *spec["common"], *overrides, f"seed={seed}"])
+                rows = pd.read_csv(out / "per_clip.csv")
+                rows["domain"] = rows.id.str.split("-").str[1]
+                runs.setdefault(arm, []).append(rows)
+    table = summarise({arm: pd.concat(parts) for arm, parts in runs.items()}, spec["baseline"])
+    if any(math.isnan(v["mean"]) for d in table.values() for m in d.values() for v in m.values()):
+        raise MotionRAGError(f"{name}: a mean is not a number; remove {OUTPUTS / name} and run again")
+    about = {"question": spec["question"], "seeds": spec["seeds"], "command": f"make experiment NAME={name}"}
+    about |= {"spec": spec, "seconds": round(time.time() - started), "checkout": git_state(HERE.parent)}
+    write_json(folder / "results.json", about | {"arms": table})
+    write_text(folder / "table.md", markdown(table, spec["baseline"]))
+    plot(folder / "plot.png", table)
+    print(markdown(table, spec["baseline"]))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name")
+    try:
+        main(parser.parse_args().name)
+    except MotionRAGError as error:
+        raise SystemExit(f"error: {error}") from None
