@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "release": {"modules", "backbones", "checkpoint"},
     "provenance": set(),
     "report": set(),
+    "sweeps": set(),
     "generate": {"modules", "encoders", "backbones", "retrieval", "checkpoint", "data.video", "data.batch"},
 }
 FREE = {"cli"}  # the command line puts everything together

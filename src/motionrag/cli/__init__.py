@@ -284,11 +284,14 @@ def _launch(verb: str, words: list[str]) -> int:
 
 def _run_verb(verb: str, cfg: DictConfig, typed: list[str]) -> float | None:
     """Check the config, record the run, do the work; returns ``objective`` of the results for sweepers."""
+    from contextlib import nullcontext
     from importlib import import_module
 
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
-    from motionrag import provenance
+    from motionrag import provenance, sweeps
+    from motionrag.cli import launch
     from motionrag.io import write_json
 
     if missing := missing_keys(cfg):
@@ -297,13 +300,17 @@ def _run_verb(verb: str, cfg: DictConfig, typed: list[str]) -> float | None:
             f"{verb} needs {given}: motionrag {verb} {VERBS[verb].usage} (--help says what each key means)"
         )
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    first_process = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0
-    if first_process:
-        provenance.write(run_dir, cfg, verb, typed)
-    results: dict[str, Any] = import_module(f"motionrag.cli.{verb}").run(cfg)
-    if first_process:
-        write_json(run_dir / "results.json", results)
-        print(f"{verb}: {results['summary']} [{_short(run_dir / 'results.json')}]")
+    first_process = launch.rank() == 0
+    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if in_sweep and "ckpt_path" in cfg and cfg.ckpt_path is None and sweeps.checkpoint(run_dir).is_file():
+        cfg.ckpt_path = "last"  # this point was started before
+    with sweeps.point(run_dir) if in_sweep and first_process else nullcontext():
+        if first_process:
+            provenance.write(run_dir, cfg, verb, typed)
+        results: dict[str, Any] = import_module(f"motionrag.cli.{verb}").run(cfg)
+        if first_process:
+            write_json(run_dir / "results.json", results)
+            print(f"{verb}: {results['summary']} [{_short(run_dir / 'results.json')}]")
     return results.get("objective")
 
 

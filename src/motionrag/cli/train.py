@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Train, write the trained weights and the last metrics; see ``conf/train.yaml`` for the keys."""
     import logging
+    import warnings
 
     import lightning as L
     import transformers
@@ -28,10 +29,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from motionrag.checkpoint import count_parameters, read_weights
+    from motionrag.cli import launch
     from motionrag.errors import MotionRAGError
     from motionrag.lit.callbacks import SaveWeights
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware lists and advertisements
+    for library in ("lightning.pytorch", "lightning.fabric"):  # hardware lists and advertisements
+        logging.getLogger(library).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "The `srun` command is available")  # the launcher has chosen
     transformers.utils.logging.disable_progress_bar()
     run_dir = Path(cfg.run_dir)
     if cfg.ckpt_path not in (None, "last") and not Path(cfg.ckpt_path).is_file():
@@ -40,6 +44,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         )
     if cfg.make is not None:
         instantiate(cfg.make)
+    if (processes := launch.processes(cfg.trainer)) > 1:
+        return launch.start(processes, cfg)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     module = instantiate(cfg.module)
     clips = instantiate(cfg.clips, **module.clip_options())
@@ -62,11 +68,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             ) from error
         raise
     trainable = count_parameters(module.parameters())
-    print(
-        f"{cfg.name}: {trainable:,} trainable parameters, {len(data.train_part)} training and "
-        f"{len(data.val_part)} validation clips"
-    )
+    if trainer.is_global_zero:
+        print(
+            f"{cfg.name}: {trainable:,} trainable parameters, {len(data.train_part)} training and "
+            f"{len(data.val_part)} validation clips"
+        )
     trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
+    if not trainer.is_global_zero:  # the first process has written the results
+        return {}
 
     about = read_weights(weights)[1]["about"]  # written where the training ran, which may be a forked process
     metrics = about["metrics"]

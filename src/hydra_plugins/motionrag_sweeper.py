@@ -1,0 +1,85 @@
+"""Hydra's basic sweeper, with a table: named run folders, finished points kept, no empty sweep."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Override
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+@dataclass
+class PointSweeperConf:
+    _target_: str = "hydra_plugins.motionrag_sweeper.PointSweeper"
+    max_batch_size: int | None = None
+    params: dict[str, str] | None = None
+
+
+ConfigStore.instance().store(
+    group="hydra/sweeper", name="points", node=PointSweeperConf, provider="motionrag"
+)
+
+
+class PointSweeper(BasicSweeper):
+    """Runs the points of a grid that are not finished yet, each in a folder named by what was varied.
+
+    Raises MotionRAGError for a sweep without points, and at the end when points failed.
+    """
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        config.hydra.sweep.dir = str(Path(config.hydra.sweep.dir).resolve())
+        self.folder = Path(config.hydra.sweep.dir)
+        self.todo: set[str] = set()
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
+        """Batches of points that are still to run."""
+        from motionrag import sweeps
+        from motionrag.errors import MotionRAGError
+
+        varied = {o.get_key_element(): o for o in overrides if o.is_sweep_override()}
+        (points,) = BasicSweeper.split_arguments(overrides, None)
+        if not points:
+            empty = [o.input_line or key for key, o in varied.items() if not list(o.sweep_string_iterator())]
+            raise MotionRAGError(
+                f"the sweep has no points, {', '.join(empty)} matches nothing: check the pattern and, for "
+                "configs outside conf/, hydra.searchpath"
+            )
+        launch = [
+            *self.config.hydra.overrides.task,
+            *(
+                o
+                for o in self.config.hydra.overrides.hydra
+                if not o.startswith(("hydra.sweep.dir=", "hydra.mode="))
+            ),
+        ]
+        todo = sweeps.plan(self.folder, self.config.hydra.job.config_name, launch, points, list(varied))
+        if len(todo) < len(points):
+            print(f"{len(points) - len(todo)} of {len(points)} points are finished or being worked on")
+        self.todo = {point["name"] for point in todo}
+        batch = [[*point["overrides"], f"hydra.sweep.subdir='{point['name']}'"] for point in todo]
+        size = max_batch_size or max(1, len(batch))
+        return [batch[i : i + size] for i in range(0, len(batch), size)]
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run what is to run and leave the table in the sweep's folder."""
+        from motionrag import sweeps
+        from motionrag.errors import MotionRAGError
+
+        try:
+            return super().sweep(arguments)
+        except Exception as error:
+            rows = sweeps.wait(self.folder) if self.todo else []
+            broken = [r for r in rows if r["name"] in self.todo and r["state"] in ("failed", "stopped")]
+            if not broken:  # nothing was started: the sweep itself is wrong
+                raise
+            first = (
+                f"{broken[0]['name']}: {broken[0]['error'] or 'ended from outside'} (log: {broken[0]['log']})"
+            )
+            raise MotionRAGError(
+                f"{len(broken)} of {len(rows)} points failed, the first {first}; the others are kept, "
+                f"to run these again: motionrag sweep retry {self.folder}"
+            ) from error

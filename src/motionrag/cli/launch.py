@@ -1,0 +1,145 @@
+"""The processes of a data-parallel training: started here, or found around us (torchrun, Slurm).
+
+A run with several devices gets one process per device, started by PyTorch's elastic agent (what torchrun uses) from the
+resolved config. Nothing parses the command line twice, so a Hydra sweep stays one sweep, every run has one folder, and
+memory of a run is gone when the next one starts. Under torchrun or `srun` with several tasks the processes exist
+already and nothing is started.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import tempfile
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from motionrag.errors import MotionRAGError
+
+SAME_PROCESS = ("ddp_fork", "ddp_spawn", "ddp_notebook")  # strategies that make their own processes
+# What a rank says when another one is gone: never the reason.
+PEER_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "NCCL",
+    "[gloo",
+    "SIGTERM",
+)
+log = logging.getLogger(__name__)
+
+
+def rank() -> int:
+    """Global rank of this process, from the environment of torchrun or Slurm; 0 outside."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return int(next((os.environ[name] for name in names if os.environ.get(name)), 0))
+
+
+def is_rank() -> bool:
+    """Whether this is one of several processes that somebody else started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS") or 1) > 1
+
+
+def processes(trainer: DictConfig) -> int:
+    """How many processes to start here for `trainer`; 1 when this process trains alone or is one of them.
+
+    Raises MotionRAGError for more GPUs than there are and for several nodes without torchrun or Slurm.
+    """
+    if is_rank() or trainer.get("strategy") in SAME_PROCESS:
+        return 1
+    if int(trainer.get("num_nodes", 1)) > 1:
+        raise MotionRAGError(
+            f"trainer.num_nodes={trainer.num_nodes} needs launcher=slurm, or torchrun on every node (docs/cluster.md)"
+        )
+    devices, accelerator = str(trainer.get("devices", "auto")), trainer.get("accelerator", "auto")
+    listed = OmegaConf.is_list(trainer.get("devices")) or "," in devices
+    if not listed and not devices.isdecimal() and devices not in ("auto", "-1"):
+        return 1  # the trainer knows what is wrong with it
+    wanted = len([d for d in devices.strip("[]").split(",") if d.strip()]) if listed else None
+    if accelerator not in ("auto", "gpu", "cuda"):
+        return wanted or (int(devices) if devices.isdecimal() else 1)
+    import torch
+
+    there = torch.cuda.device_count()
+    if accelerator == "auto" and not there:
+        return wanted or (int(devices) if devices.isdecimal() else 1)
+    wanted = wanted or (int(devices) if devices.isdecimal() else there)
+    if wanted > there:
+        raise MotionRAGError(
+            f"trainer: {wanted} GPUs wanted, {there} there (choose with trainer.devices=N, trainer=cpu)"
+        )
+    return wanted
+
+
+def start(count: int, cfg: DictConfig) -> dict[str, Any]:
+    """Train `cfg` (resolved) in `count` processes on this machine; returns what rank 0 returned.
+
+    When a rank fails the others are ended, by force after 30 s. Raises MotionRAGError with that rank's error; its
+    traceback goes to the log.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its reports repeat the error
+    # Ranks are forked from a process that has imported everything and done nothing: all runs of a sweep share the
+    # seconds of importing, and no thread or GPU context is ever forked.
+    multiprocessing.set_forkserver_preload(["motionrag.lit.adapter_module", "motionrag.cli.train"])
+    with tempfile.TemporaryDirectory(prefix="motionrag-ranks-") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=os.path.basename(folder),
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            start_method="forkserver",
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            return elastic_launch(config, _train)(OmegaConf.to_container(cfg, resolve=True))[0]
+        except ChildFailedError as error:
+            raise MotionRAGError(_reason(error.failures, count)) from None
+        except SignalException as error:
+            raise SystemExit(128 + error.sigval) from None
+
+
+def _train(cfg: dict[str, Any]) -> dict[str, Any]:
+    """One rank."""
+    import torch
+
+    from motionrag.cli import train, user_message
+
+    logging.basicConfig(format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    try:
+        return train.run(OmegaConf.create(cfg))
+    except Exception as error:
+        if line := user_message(error):
+            raise MotionRAGError(line) from error
+        raise
+
+
+def _reason(failures: dict[int, Any], count: int) -> str:
+    """One line for the rank that failed first, not for those that lost it."""
+
+    def order(number: int) -> tuple[bool, bool, int]:
+        message = failures[number].message
+        consequence = isinstance(message, dict) and any(word in message["message"] for word in PEER_LOST)
+        return (
+            consequence or "SIGTERM" in str(message),
+            failures[number].exitcode >= 0,
+            failures[number].timestamp,
+        )
+
+    number = min(failures, key=order)
+    message = failures[number].message
+    if not isinstance(message, dict):
+        return f"process {number} of {count} was ended from outside ({message}): out of memory?"
+    log.error("process %d of %d:\n%s", number, count, message["extraInfo"]["py_callstack"])
+    return message["message"].removeprefix("MotionRAGError: ")

@@ -1,0 +1,274 @@
+"""A sweep's folder: which points it has, what became of each, one table.
+
+`sweep.json` in the folder holds the plan (what was launched, from where, the overrides of every point) and, with
+`sweep.csv`, a row for each point. Every point runs in a folder of its own, named by what was varied, whose `state.json`
+says who runs it. The table can always be made again from these, by any process.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import logging
+import os
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from motionrag.errors import MotionRAGError
+from motionrag.io import read_json, write_json, write_text
+
+SCHEMA = "motionrag.sweep/1"
+log = logging.getLogger(__name__)
+LIVE = ("running", "queued")  # somebody works on it, or will without being asked
+
+
+def name_of(varied: dict[str, str]) -> str:
+    """Folder name of a point: `k=3_seed=1`. Other characters than those of plain names become `-`."""
+    text = "_".join(f"{key}={value}" for key, value in varied.items()) or "point"
+    plain = re.sub(r"[^\w.=+-]", "-", text)
+    if plain == text and len(plain) <= 120:
+        return plain
+    return (
+        f"{plain[:110]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"  # different points, different names
+    )
+
+
+def plan(
+    folder: Path, verb: str, launch: Sequence[str], points: Sequence[Sequence[str]], varied: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Add `points` (override lists) to the sweep in `folder`; returns those that are still to run.
+
+    Finished points and those somebody works on stay as they are. Raises MotionRAGError when a point's folder belongs to
+    one with other settings.
+    """
+    path = folder / "sweep.json"
+    sweep = read_plan(folder) if path.is_file() else {"schema": SCHEMA, "launches": [], "points": []}
+    known = {point["name"]: point for point in sweep["points"]}
+    names = []
+    for overrides in points:
+        settings = dict(override.split("=", 1) for override in overrides if "=" in override)
+        name = name_of({key: settings[key] for key in varied})
+        before = known.setdefault(
+            name, {"name": name, "parameters": {k: settings[k] for k in varied}, "overrides": list(overrides)}
+        )
+        if changed := sorted(set(before["overrides"]) ^ set(overrides)):
+            raise MotionRAGError(
+                f"{folder / name} belongs to a run with other settings (different: {', '.join(changed)}): "
+                "choose another hydra.sweep.dir"
+            )
+        names.append(name)
+    launched = {"verb": verb, "overrides": list(launch), "cwd": os.getcwd()}
+    sweep["launches"] += [launched] if launched not in sweep["launches"] else []
+    sweep["points"] = list(known.values())
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, sweep)
+    states = {row["name"]: row["state"] for row in write_table(folder)}
+    return [known[name] for name in names if states[name] not in ("finished", *LIVE)]
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """The sweep's `sweep.json`; raises MotionRAGError when there is none."""
+    try:
+        sweep = read_json(folder / "sweep.json")
+        assert sweep["schema"] == SCHEMA
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise MotionRAGError(
+            f"{folder} is no sweep (no sweep.json of this version in it): give the folder named by hydra.sweep.dir"
+        ) from error
+    return sweep
+
+
+# ---------------------------------------------------------------- one point
+
+
+@contextmanager
+def point(folder: Path) -> Iterator[None]:
+    """Keep `state.json` of the run in `folder`, and the sweep's table, while the block runs it."""
+    state = {
+        "state": "running",
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job": slurm_job(),
+        "started": time.time(),
+    }
+    write_json(folder / "state.json", state)
+    try:
+        yield
+    except Exception as error:
+        # into the run's log; a traceback only for what the user cannot mend
+        log.error("failed: %s", error, exc_info=None if isinstance(error, MotionRAGError) else error)
+        _ended(folder, state, "failed", f"{type(error).__name__}: {error}".removeprefix("MotionRAGError: "))
+        raise
+    _ended(folder, state, "finished", None)
+
+
+def _ended(folder: Path, state: dict[str, Any], how: str, error: str | None) -> None:
+    seconds = round(time.time() - state["started"], 1)
+    line = error.strip().splitlines()[0] if error and error.strip() else error
+    write_json(folder / "state.json", {**state, "state": how, "seconds": seconds, "error": line})
+    if (folder.parent / "sweep.json").is_file():
+        write_table(folder.parent)
+
+
+def checkpoint(folder: Path) -> Path:
+    """Where a training in `folder` keeps its newest checkpoint."""
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def slurm_job() -> str | None:
+    """Id of the Slurm job this process runs in, as squeue prints it."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
+# ---------------------------------------------------------------- the table
+
+
+def write_table(folder: Path) -> list[dict[str, Any]]:
+    """Look at every point, write `sweep.json` and `sweep.csv`, return the rows.
+
+    A row: name, parameters, seed, state (waiting, queued, running, finished, failed, stopped), step, metrics, seconds,
+    error, folder, log. `stopped` was running and is not any more; `queued` waits in Slurm.
+    """
+    sweep = read_plan(folder)
+    jobs = (
+        _slurm_queue()
+        if any((folder / p["name"]).is_dir() for p in sweep["points"]) or _uses_slurm(sweep)
+        else {}
+    )
+    waiting = any(where == str(folder) and state == "PENDING" for state, where in jobs.values())
+    rows = []
+    for planned in sweep["points"]:
+        run = folder / planned["name"]
+        info = _read(run / "state.json") or {"state": "queued" if waiting else "waiting"}
+        results = _read(run / "results.json") if info["state"] == "finished" else None
+        step, metrics = _outcome(results) if results is not None else _progress(run)
+        logs = sorted(run.glob("*.log"))
+        rows.append(
+            {
+                "name": planned["name"],
+                "parameters": planned["parameters"],
+                "overrides": planned["overrides"],
+                "seed": _seed(run),
+                "state": _state(info, jobs),
+                "step": step,
+                "metrics": metrics,
+                "seconds": info.get("seconds"),
+                "error": info.get("error"),
+                "folder": str(run),
+                "log": str(logs[0]) if logs else None,
+            }
+        )
+    write_json(folder / "sweep.json", {**sweep, "points": rows})
+    write_text(folder / "sweep.csv", _csv(rows))
+    return rows
+
+
+def _state(info: dict[str, Any], jobs: dict[str, tuple[str, str]]) -> str:
+    if info["state"] != "running":
+        return info["state"]
+    if info.get("job"):
+        there = jobs.get(info["job"], ("gone", ""))[0]
+        return {"PENDING": "queued", "REQUEUED": "queued", "gone": "stopped"}.get(there, "running")
+    if info["host"] != socket.gethostname():
+        return "running"  # cannot be known from here
+    try:
+        os.kill(info["pid"], 0)
+    except ProcessLookupError:
+        return "stopped"
+    except PermissionError:
+        pass
+    return "running"
+
+
+def _uses_slurm(sweep: dict[str, Any]) -> bool:
+    return any("slurm" in word for launch in sweep["launches"] for word in launch["overrides"])
+
+
+def _slurm_queue() -> dict[str, tuple[str, str]]:
+    """State and comment (the sweep's folder) of the user's jobs; empty where there is no Slurm."""
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%k"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return {}
+    lines = [line.split("|", 2) for line in done.stdout.splitlines()]
+    return {line[0]: (line[1], line[2]) for line in lines if len(line) == 3}
+
+
+def _outcome(results: dict[str, Any]) -> tuple[int | None, dict[str, float]]:
+    """Steps and metrics of a finished run."""
+    numbers = results.get("metrics", results)
+    return results.get("steps"), {k: v for k, v in numbers.items() if type(v) in (int, float)}
+
+
+def _progress(run: Path) -> tuple[int | None, dict[str, float]]:
+    """Steps done and the last value of everything logged so far."""
+    step, metrics = None, {}
+    for path in sorted(run.glob("csv/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                numbers = {key: float(value) for key, value in row.items() if key and value}
+                step = int(numbers.pop("step", -1)) + 1 or step
+                numbers.pop("epoch", None)
+                metrics |= numbers
+    return step, metrics
+
+
+def _seed(run: Path) -> int | None:
+    return (_read(run / "provenance.json") or {}).get("seed")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.is_file() else None
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    keys = list(dict.fromkeys(key for row in rows for key in row["parameters"]))
+    metrics = sorted({key for row in rows for key in row["metrics"]})
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        [
+            "name",
+            "state",
+            *keys,
+            *(["seed"] if "seed" not in keys else []),
+            "step",
+            *metrics,
+            "seconds",
+            "error",
+            "folder",
+            "log",
+        ]
+    )
+    for row in rows:
+        seed = [row["seed"]] if "seed" not in keys else []
+        values = [row["parameters"].get(key) for key in keys]
+        numbers = [row["metrics"].get(key) for key in metrics]
+        last = [row["seconds"], row["error"], row["folder"], row["log"]]
+        writer.writerow([row["name"], row["state"], *values, *seed, row["step"], *numbers, *last])
+    return out.getvalue()
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """`3 finished, 1 failed`."""
+    states = [row["state"] for row in rows]
+    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states)))
+
+
+def wait(folder: Path, seconds: float = 2.0) -> list[dict[str, Any]]:
+    """The table, once nobody works on any point."""
+    while True:
+        rows = write_table(folder)
+        if not any(row["state"] in LIVE for row in rows):
+            return rows
+        time.sleep(seconds)
