@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel, UNetSpatioTemporalConditionModel
 
-from motionrag.modules.motion_adapter import MotionAdapter
+from motionrag.modules.motion_adapter import AdapterSite, MotionAdapter
 
 WIDTH = 12  # of motion tokens
 
@@ -147,20 +147,6 @@ def test_gradient_checkpointing_changes_nothing(transformer, adapter, inputs, to
         torch.testing.assert_close(grad, plain[name])
 
 
-@torch.no_grad()
-def test_keys_and_values_are_made_once_per_clip(transformer, adapter, inputs, tokens, monkeypatch):
-    site = adapter.site("transformer_blocks.0.attn1")
-    calls, original = [], site.keys_values
-    monkeypatch.setattr(site, "keys_values", lambda m: calls.append(1) or original(m))
-    with adapter.use(tokens):
-        first = run(transformer, inputs)
-        torch.testing.assert_close(run(transformer, inputs), first)
-    assert len(calls) == 1
-    with adapter.use(tokens + 1):
-        assert not torch.allclose(run(transformer, inputs), first)
-    assert len(calls) == 2
-
-
 def test_saved_keys(adapter):
     assert list(adapter.state_dict()) == [
         f"transformer_blocks/{i}/attn1.to_{p}.weight" for i in range(2) for p in "qkv"
@@ -188,12 +174,6 @@ def test_several_adapters_do_not_interfere(transformer, adapter, inputs, tokens,
         assert torch.equal(run(transformer, inputs), alone) and not torch.allclose(alone, both)
     left.detach()
     assert torch.equal(run(transformer, inputs), bare)
-
-
-def test_half_precision_hidden_states_keep_their_type(adapter):
-    site = adapter.site("transformer_blocks.0.attn1")
-    keys, values = site.keys_values(torch.randn(1, 2, WIDTH))
-    assert site(torch.randn(1, 4, 32, dtype=torch.float16), keys, values).dtype == torch.float16
 
 
 def test_errors_say_what_was_expected(transformer, adapter):
@@ -351,3 +331,212 @@ def test_query_mistakes(transformer, unet, inputs, tokens):
     with joint.use(tokens), pytest.raises(ValueError, match=r"\(2, 12, 32\).*\(2, 15, 32\).*query=output"):
         run(transformer, inputs)
     joint.detach()
+
+
+# ---------------------------------------------------------------- the fast form
+
+
+def site_of(hidden=64, heads=2, dtype=torch.float32):
+    torch.manual_seed(0)
+    return AdapterSite(hidden, heads, WIDTH, "reference").to(dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("n", "rows", "length"), [(1, 1, 7), (8, 2, 40), (31, 6, 12)])
+def test_folded_equals_plain(n, rows, length):
+    site, tokens, query = site_of(), torch.randn(rows // 3 or rows, n, WIDTH), torch.randn(rows, length, 64)
+    folded, plain = site.fold(tokens), site.project(tokens)
+    assert folded.folded and folded.keys.shape == (len(tokens), 2, n, 64)
+    expected = site.double()(query.double(), site.double().project(tokens.double()))
+    for motion in (folded, plain):
+        error = (site.float()(query, motion) - expected).abs().max() / expected.abs().max()
+        assert error < 1e-6
+
+
+@torch.no_grad()
+def test_many_tokens_stay_plain():
+    """More tokens than a head is wide would make folding the slower form."""
+    site = site_of()
+    assert site.fold(torch.randn(1, 31, WIDTH)).folded
+    assert not site.fold(torch.randn(1, 32, WIDTH)).folded
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("common", [0.0, 3.0])
+def test_folded_loses_no_precision_in_bfloat16(common):
+    """Against exact arithmetic on the same bfloat16 weights and inputs, with sharp attention."""
+    site = site_of(256, 4, torch.bfloat16)
+    site.to_q.weight *= 3
+    site.to_k.weight *= 3
+    tokens = (torch.randn(2, 25, WIDTH) + common * torch.randn(1, 1, WIDTH)).bfloat16()
+    query = torch.randn(2, 300, 256).bfloat16()
+    found = {fold: site(query, site.fold(tokens) if fold else site.project(tokens)) for fold in (0, 1)}
+    assert found[0].dtype == found[1].dtype == torch.bfloat16
+    site.double()
+    exact = site(query.double(), site.project(tokens.double()))
+    plain, folded = ((found[fold] - exact).norm() / exact.norm() for fold in (0, 1))
+    assert folded < 1.5 * plain < 0.02
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("amp", [False, True])
+def test_half_precision_hidden_states_keep_their_type(amp):
+    site, query = site_of(), torch.randn(1, 4, 64).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        for motion in (site.project(torch.randn(1, 2, WIDTH)), site.fold(torch.randn(1, 2, WIDTH))):
+            assert site(query, motion).dtype == torch.bfloat16
+
+
+def moved(transformer, adapter, inputs, tokens, fast):
+    with torch.set_grad_enabled(not fast), adapter.use(tokens):
+        return run(transformer, inputs).detach()
+
+
+def test_without_gradients_the_network_computes_the_same(transformer, adapter, inputs, tokens):
+    plain, fast = (moved(transformer, adapter, inputs, tokens, fast) for fast in (False, True))
+    torch.testing.assert_close(fast, plain, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_folding_happens_once_per_clip(transformer, adapter, inputs, tokens, monkeypatch):
+    calls, fold = [], AdapterSite.fold
+    monkeypatch.setattr(AdapterSite, "fold", lambda site, m: calls.append(1) or fold(site, m))
+    with adapter.use(tokens):
+        first = run(transformer, inputs)
+        assert torch.equal(run(transformer, inputs), first)
+    assert len(calls) == 2  # sites
+    with adapter.use(tokens + 1):
+        assert not torch.allclose(run(transformer, inputs), first)
+    assert len(calls) == 4
+    with adapter.use(tokens, 0.5), adapter.use(tokens):  # the inner one, then the outer one
+        assert torch.equal(run(transformer, inputs), first)
+
+
+def change_in_place(adapter):
+    for p in adapter.parameters():
+        p.mul_(1.5)
+
+
+def load_others(adapter):
+    adapter.load_state_dict({k: 1.5 * v for k, v in adapter.state_dict().items()})
+
+
+def assign_others(adapter):
+    adapter.load_state_dict({k: 1.5 * v for k, v in adapter.state_dict().items()}, assign=True)
+
+
+def optimize(adapter):
+    for p in adapter.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD(adapter.parameters(), lr=0.1).step()
+
+
+def to_double_and_back(adapter):
+    change_in_place(adapter.double())
+    adapter.float()
+
+
+@pytest.mark.parametrize(
+    "change", [change_in_place, load_others, assign_others, optimize, to_double_and_back]
+)
+def test_kept_keys_never_outlive_their_weights(transformer, adapter, inputs, tokens, change):
+    with torch.no_grad():
+        adapter.set(tokens)
+        before = run(transformer, inputs)
+        change(adapter)
+        after = run(transformer, inputs)
+        adapter.clear()
+    assert not torch.allclose(before, after, atol=1e-4)
+    plain = moved(transformer, adapter, inputs, tokens, fast=False)
+    torch.testing.assert_close(after, plain, atol=1e-6, rtol=1e-6)
+
+
+def test_weights_that_cannot_be_watched_are_folded_anew(transformer, inputs, tokens):
+    with torch.inference_mode():
+        adapter = MotionAdapter.for_modules(sites(transformer), WIDTH, init="reference").attach(
+            sites(transformer)
+        )
+        with adapter.use(tokens):
+            before = run(transformer, inputs)
+            change_in_place(adapter)
+            after = run(transformer, inputs)
+        adapter.detach()
+    assert not torch.allclose(before, after, atol=1e-4)
+
+
+def test_tokens_are_those_of_the_moment_they_were_set(transformer, adapter, inputs, tokens):
+    mine = tokens.clone()
+    with torch.no_grad(), adapter.use(mine):
+        first = run(transformer, inputs)
+        mine.zero_()
+        assert torch.equal(run(transformer, inputs), first)
+
+
+def test_training_after_sampling_with_the_same_tokens(transformer, adapter, inputs, tokens):
+    """Kept keys are for the fast form alone: gradients are as if it had never run."""
+    expected = gradients(transformer, adapter, inputs, tokens)
+    leaf = tokens.clone().requires_grad_()
+    adapter.zero_grad()
+    adapter.set(leaf)
+    with torch.no_grad():
+        run(transformer, inputs)
+    run(transformer, inputs).square().mean().backward()
+    adapter.clear()
+    torch.testing.assert_close(leaf.grad, expected["tokens"])
+    for name, p in adapter.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name])
+
+
+@torch.no_grad()
+def test_guidance_gives_each_half_its_own_tokens(transformer, adapter, inputs, tokens):
+    doubled = {name: torch.cat([value] * 2) for name, value in inputs.items()}
+    null = torch.zeros_like(tokens)
+    both = moved(transformer, adapter, doubled, torch.cat([null, tokens]), fast=True)
+    for half, m in zip(both.chunk(2), (null, tokens), strict=True):
+        alone = moved(transformer, adapter, inputs, m, fast=True)
+        torch.testing.assert_close(half, alone, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- torch.compile
+
+
+@pytest.fixture
+def compiled(unet):
+    """One transformer block, as a function; the list of graphs that compiling it made; its only site."""
+    graphs = []
+    block = unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0")
+    torch.compiler.reset()
+    # keeps the gradients' graph as it is: what is tested is what the compiler sees
+    call = torch.compile(block, backend=lambda graph, _: graphs.append(1) or graph.forward, fullgraph=True)
+    torch.manual_seed(1)
+    image = torch.randn(6, 1, 10)
+    hidden = torch.randn(6, 16, 32)
+    yield (lambda net=call: net(hidden, encoder_hidden_states=image)), block, graphs
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("query", ["output", "hidden"])
+def test_compiled(compiled, tokens, query):
+    """Graphs keep the hooks of their first run: attaching and detaching must make them look again."""
+    call, block, graphs = compiled
+    with torch.no_grad():
+        bare = call()
+    adapter = MotionAdapter.for_modules({"attn2": block.attn2}, WIDTH, "reference", query)
+    adapter.attach({"attn2": block.attn2})
+    with torch.no_grad():
+        for m, scale in ((tokens, 1.0), (tokens.flip(0), 1.0), (tokens, 0.5), (tokens, 0.25)):
+            with adapter.use(m, scale):
+                found = call()
+                torch.testing.assert_close(found, call(block), atol=1e-5, rtol=1e-5)
+                assert torch.equal(call(), found) and not torch.allclose(found, bare)
+    assert len(graphs) <= 3  # bare, with motion, with motion at any scale
+    found = []
+    for net in ({}, {"net": block}):
+        adapter.zero_grad()
+        with adapter.use(tokens):
+            call(**net).square().mean().backward()
+        found.append([p.grad.clone() for p in adapter.parameters()])
+    torch.testing.assert_close(*found)
+    adapter.detach()
+    with torch.no_grad():
+        torch.testing.assert_close(call(), bare)

@@ -6,12 +6,16 @@ made `h`. Nothing in the backbone is replaced, so detaching restores it exactly.
 
 Where the backbone's own attention has one single key (SVD's image token), `h` is one constant per sample and so would
 be the motion that it asks for. Such sites take their query from the attention's input instead: `W_q x` for `W_q h`.
+
+Without gradients the branch runs in its fast form. Motion tokens are few (n) and stay the same for a whole clip, so
+`W_q` goes into the keys once, `A = K W_q` per head, and the scores are `h A^T`: n / head size of the work of `W_q h`.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +25,20 @@ from torch import Tensor, nn
 Query = Literal["output", "hidden"]
 
 
+class Motion(NamedTuple):
+    """What one site keeps of the motion tokens of B samples.
+
+    Attributes:
+        keys: (B, heads, n, d); folded (B, heads, n, hidden), with the scale of attention in them.
+        values: (B, heads, n, d).
+        folded: whether `W_q` is in the keys.
+    """
+
+    keys: Tensor
+    values: Tensor
+    folded: bool
+
+
 @dataclass
 class _InUse:
     """What the hooks read: the motion tokens of the moment (None = bare backbone) and what they leave each other."""
@@ -28,7 +46,9 @@ class _InUse:
     tokens: Tensor | None
     scale: float
     queries: dict[str, Tensor] = field(default_factory=dict)  # from a site's first hook to its second
-    kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # keys and values
+    kept: dict[str, tuple[tuple, Motion]] = field(
+        default_factory=dict
+    )  # with the state of the site's weights
 
 
 class AdapterSite(nn.Module):
@@ -44,24 +64,56 @@ class AdapterSite(nn.Module):
         if init == "zero":
             nn.init.zeros_(self.to_v.weight)
 
-    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (B, n, token_width) -> keys and values (B, heads, n, hidden / heads)."""
+    def project(self, tokens: Tensor) -> Motion:
+        """Keys and values of the motion tokens (B, n, token_width): the plain form, for training."""
         tokens = tokens.to(self.to_k.weight.dtype)
-        return tuple(
-            rearrange(project(tokens), "b n (h d) -> b h n d", h=self.heads)
-            for project in (self.to_k, self.to_v)
+        keys, values = (
+            rearrange(linear(tokens), "b n (h d) -> b h n d", h=self.heads)
+            for linear in (self.to_k, self.to_v)
         )
+        return Motion(keys, values, folded=False)
 
-    def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """query (r*B, L, hidden), keys and values (B, heads, n, d) -> the branch's output (r*B, L, hidden)."""
-        rows, batch = len(query), len(keys)
+    def fold(self, tokens: Tensor) -> Motion:
+        """The same with `W_q` in the keys: the fast form. Plain where it would cost more (n >= d).
+
+        Computed in float32 or better, and with the mean key taken off, which softmax does not see: then rounding
+        the folded keys and the scores to bfloat16 costs about as much as rounding queries does in the plain form.
+        """
+        head_size = self.to_q.out_features // self.heads
+        if tokens.shape[1] >= head_size:
+            return self.project(tokens)
+        kept, exact = self.to_q.weight.dtype, torch.promote_types(self.to_q.weight.dtype, torch.float32)
+        to_q, to_k, tokens = (t.to(exact) for t in (self.to_q.weight, self.to_k.weight, tokens.to(kept)))
+        with torch.autocast(tokens.device.type, enabled=False):
+            keys = rearrange(tokens @ to_k.mT, "b n (h d) -> b h n d", h=self.heads)
+            keys = (keys - keys.mean(2, keepdim=True)) * head_size**-0.5
+            keys = keys @ to_q.unflatten(0, (self.heads, -1))
+            values = rearrange(self.to_v(tokens.to(kept)), "b n (h d) -> b h n d", h=self.heads)
+        return Motion(keys.to(kept), values, folded=True)
+
+    def forward(self, query: Tensor, motion: Motion) -> Tensor:
+        """query (r*B, L, hidden) and the motion of B samples -> the branch's output (r*B, L, hidden).
+
+        The r rows of a sample (per-frame layers) are neighbours. Raises ValueError if rows and samples do not fit.
+        """
+        rows, batch = len(query), len(motion.values)
         if rows < batch or rows % batch:
             raise ValueError(f"motion tokens of {batch} samples cannot serve {rows} rows of hidden states")
-        if rows > batch:  # per-frame layers, or both halves of guidance: the rows of a sample are neighbours
-            keys, values = (t.repeat_interleave(rows // batch, dim=0) for t in (keys, values))
-        q = rearrange(self.to_q(query.to(self.to_q.weight.dtype)), "b l (h d) -> b h l d", h=self.heads)
-        out = F.scaled_dot_product_attention(q, keys, values)
-        return rearrange(out, "b h l d -> b l (h d)").to(query.dtype)
+        x = query.to(self.to_q.weight.dtype).reshape(batch, -1, query.shape[-1])
+        if motion.folded:  # positions last: softmax runs along them, whatever n is
+            scores = (motion.keys.flatten(1, 2) @ x.mT).unflatten(1, (self.heads, -1))
+            out = scores.softmax(2).mT @ motion.values
+        else:
+            q = rearrange(self.to_q(x), "b l (h d) -> b h l d", h=self.heads)
+            out = F.scaled_dot_product_attention(q, motion.keys, motion.values)
+        return rearrange(out, "b h l d -> b l (h d)").reshape(query.shape).to(query.dtype)
+
+    def stamp(self) -> tuple | None:
+        """Differs whenever the weights have changed; None if that cannot be told (inference tensors)."""
+        weights = (self.to_q.weight, self.to_k.weight, self.to_v.weight)
+        if any(w.is_inference() for w in weights):
+            return None
+        return tuple((w.data_ptr(), w.dtype, w._version) for w in weights)
 
 
 class MotionAdapter(nn.Module):
@@ -147,23 +199,28 @@ class MotionAdapter(nn.Module):
                 raise ValueError(f"site {name}: the adapter is {expected} wide, the backbone {found}")
         for name, module in modules.items():
             self._handles += self._hooks(name, module)
+        _compile_again()
         return self
 
     def detach(self) -> None:
         """Remove all hooks; the backbone is as it was."""
         for handle in self._handles:
             handle.remove()
+        if self._handles:
+            _compile_again()
         self._handles.clear()
 
     def set(self, tokens: Tensor | None, scale: float = 1.0) -> None:
         """Motion tokens (B, n, token_width) for all forward passes to come, or None for the bare backbone.
 
-        Stays until `clear` or the next `set`, so that gradient checkpointing finds it again during backward.
+        Stays until `clear` or the next `set`, so that gradient checkpointing finds it again during backward. The
+        tokens are copied: changing them in place afterwards has no effect. Without gradients every site keeps its
+        folded keys as long: `B * n * heads * hidden` values a site, 0.3 GB a sample for CogVideoX-5B in bfloat16.
         Raises ValueError for tokens of another width.
         """
         if tokens is not None and (tokens.ndim != 3 or tokens.shape[-1] != self.token_width):
             raise ValueError(f"motion tokens must be (B, n, {self.token_width}), got {tuple(tokens.shape)}")
-        self._in_use = _InUse(tokens, float(scale))
+        self._in_use = _InUse(None if tokens is None else tokens.clone(), float(scale))
 
     def clear(self) -> None:
         """Forget the motion tokens; a forward pass of the attached backbone raises from now on."""
@@ -178,6 +235,21 @@ class MotionAdapter(nn.Module):
             yield
         finally:
             self._in_use = before
+
+    def _motion(self, name: str, site: AdapterSite, use: _InUse) -> Motion:
+        """Keys and values for this forward pass: with gradients made anew, else kept for the clip."""
+        if torch.is_grad_enabled():
+            return site.project(use.tokens)
+        if (
+            torch.compiler.is_compiling()
+        ):  # a graph cannot look after the kept ones; folding is 1 % of the branch
+            return site.fold(use.tokens)
+        stamp = site.stamp()
+        if stamp is None:
+            return site.fold(use.tokens)
+        if name not in use.kept or use.kept[name][0] != stamp:
+            use.kept[name] = stamp, site.fold(use.tokens)
+        return use.kept[name][1]
 
     def _hooks(self, name: str, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
         """Install the two hooks of one site: the first notes the query, the second adds the branch's output."""
@@ -203,13 +275,8 @@ class MotionAdapter(nn.Module):
                     f"site {name}: query={site.query} has shape {tuple(query.shape)}, the attention output "
                     f"{tuple(hidden.shape)}; they must be equal, so build the adapter with query=output here"
                 )
-            if torch.is_grad_enabled():
-                keys, values = site.keys_values(use.tokens)
-            else:  # the same clip at every denoising step: project once
-                if name not in use.kept:
-                    use.kept[name] = site.keys_values(use.tokens)
-                keys, values = use.kept[name]
-            return hidden + use.scale * site(query, keys, values), *rest
+            branch = site(query, self._motion(name, site, use))
+            return torch.add(hidden, branch, alpha=use.scale), *rest
 
         # In front of all other hooks: the motion that another adapter adds to `h` is no part of this one's query.
         source = module if site.query == "hidden" else module.to_out[0]
@@ -217,3 +284,9 @@ class MotionAdapter(nn.Module):
             source.register_forward_pre_hook(note_query, prepend=True, with_kwargs=True),
             module.to_out[0].register_forward_pre_hook(add_motion),
         ]
+
+
+def _compile_again() -> None:
+    """Make compiled modules look at their hooks once more: `torch.compile` takes those of its first run for good."""
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import would take seconds
+        torch.compiler.reset()
