@@ -12,12 +12,17 @@ from torch import Tensor
 
 from motionrag.backbones.base import Backbone, MotionInput
 from motionrag.backbones.cogvideox import CogVideoX
+from motionrag.backbones.dynamicrafter import DynamiCrafter
 from motionrag.backbones.svd import SVD
 from motionrag.errors import MotionRAGError
 from motionrag.modules.motion_adapter import MotionAdapter
 from motionrag.modules.resampler import Resampler
 
-BACKBONES = {"cogvideox": CogVideoX.tiny, "svd": SVD.tiny}  # name -> a tiny one, the same at every call
+BACKBONES = {  # name -> a tiny one, the same at every call
+    "cogvideox": CogVideoX.tiny,
+    "dynamicrafter": DynamiCrafter.tiny,
+    "svd": SVD.tiny,
+}
 
 TOKENS, WIDTH = 8, 16  # of the motion tokens
 PROMPTS = ["a ball rolls to the left", "a wheel turns"]

@@ -32,7 +32,9 @@ class Case:
         return self.tensors[key]
 
     def weights(self, prefix: str = "") -> dict[str, torch.Tensor]:
-        """State dict below `w.<prefix>`."""
+        """State dict below `w.<prefix>`, of this case or of the one that it names."""
+        if source := self.entry.get("weights", {}).get("from_case"):
+            return Case(manifest_cases()[source]).weights(prefix)
         start = f"w.{prefix}"
         return {k.removeprefix(start): v for k, v in self.tensors.items() if k.startswith(start)}
 

@@ -10,85 +10,96 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import (
-    _resize_with_antialiasing as resize_with_antialiasing,
-)
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
 
 from motionrag.backbones.base import MotionInput
 from motionrag.backbones.cogvideox import SentenceText
+from motionrag.backbones.dynamicrafter_encoders import (
+    CLIP_IMAGE,
+    CLIP_TEXT,
+    CLIPImage,
+    CLIPText,
+    ImageResampler,
+)
 from motionrag.backbones.dynamicrafter_unet import TINY_UNET, DynamiCrafterUNet
+from motionrag.backbones.dynamicrafter_weights import load_checkpoint
+from motionrag.backbones.parts import read_parts
+from motionrag.encoders import resolve_weights
 from motionrag.errors import MotionRAGError
 from motionrag.modules.ddim import Prediction, Schedule, Spacing, Step, ddim_step, guide
 from motionrag.modules.diffusion import add_noise, noisy_image, v_loss
-from motionrag.modules.resampler import Resampler
 
+TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 VAE = dict(
     block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
     up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, layers_per_block=2, norm_num_groups=32,
     scaling_factor=0.18215,
 )  # fmt: skip
-IMAGE_RESAMPLER = dict(dim=1024, depth=4, dim_head=64, heads=12, num_queries=16, embedding_dim=1280, output_dim=1024)
 TINY_VAE = VAE | dict(
-    block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=32
+    block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4, sample_size=32
 )  # fmt: skip
-TINY_IMAGE_RESAMPLER = dict(dim=32, depth=1, dim_head=16, heads=2, num_queries=2, embedding_dim=32, output_dim=384)
-TINY_CLIP_IMAGE = dict(
+TINY_IMAGE_RESAMPLER = dict(
+    dim=32, depth=1, dim_head=16, heads=2, num_queries=2, embedding_dim=32, output_dim=384
+)
+TINY_CLIP_IMAGE = CLIP_IMAGE | dict(
     image_size=32, patch_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
 )  # fmt: skip
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-class CLIPText(nn.Module):
-    """OpenCLIP's text states as DynamiCrafter reads them: the last but one layer, then the final norm.
-
-    The last layer is taken out of the model, so what its final norm gives is just that. Prompts are filled up to
-    `max_length` with token 0 and no mask, as OpenCLIP does.
-    """
-
-    def __init__(self, path: str, max_length: int = 77, dtype: torch.dtype = torch.float32):
-        from transformers import CLIPTextModel, CLIPTokenizer
-
-        super().__init__()
-        self.max_length = max_length
-        self.tokenizer = CLIPTokenizer.from_pretrained(path)
-        self.model = CLIPTextModel.from_pretrained(path, dtype=dtype).eval().requires_grad_(False)
-        self.model.encoder.layers = self.model.encoder.layers[:-1]
-
-    @torch.no_grad()
-    def forward(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> (B, max_length, D)."""
-        tokens = self.tokenizer(list(prompts), truncation=True, max_length=self.max_length).input_ids
-        ids = [F.pad(torch.tensor(row), (0, self.max_length - len(row))) for row in tokens]
-        return self.model(torch.stack(ids).to(self.model.device)).last_hidden_state
+def local_folder(path: str) -> Path:
+    """`path` itself, or where the hub's copy of it is. Raises MotionRAGError if there is no such place."""
+    folder = Path(resolve_weights(path))
+    if folder.exists():
+        return folder
+    try:
+        return Path(
+            snapshot_download(path, allow_patterns=["model.ckpt", "*/*.json", "*/*.safetensors", "*/*.txt"])
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MotionRAGError(
+            f"backbone {path!r} cannot be loaded ({reason}); expected a folder or hub id with model.ckpt, or with "
+            "unet/, vae/, image_encoder/ and image_resampler/"
+        ) from error
 
 
-class CLIPImage(nn.Module):
-    """OpenCLIP's image states: all tokens of the last layer, class token first, without the final norm."""
+def read_checkpoint(
+    file: Path, with_text: bool, sizes: Mapping[str, Mapping[str, Any]], frames: int, dtype: str
+) -> dict[str, nn.Module]:
+    """The networks of a published model.ckpt, by name; `sizes` override the 576 x 1024 model's."""
+    precision = getattr(torch, dtype, None)
+    if not isinstance(precision, torch.dtype):
+        raise MotionRAGError(f"dtype={dtype}: expected float32, bfloat16 or float16")
 
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model.eval().requires_grad_(False)
+    def size(name: str, default: Mapping[str, Any]) -> dict[str, Any]:
+        return {**default, **sizes.get(name, {})}
 
-    @classmethod
-    def load(cls, path: str, dtype: torch.dtype = torch.float32) -> CLIPImage:
-        """Read a CLIPVisionModel from a folder or hub id."""
-        from transformers import CLIPVisionModel
-
-        return cls(CLIPVisionModel.from_pretrained(path, dtype=dtype))
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> (B, N, D); squeezed into a square, nothing is cropped."""
-        side = self.model.config.image_size
-        images = (resize_with_antialiasing(images.float(), (side, side)) + 1) / 2
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-        return self.model(((images - mean) / std).to(self.model.device, self.model.dtype)).last_hidden_state
+    with torch.device("meta"):  # nothing is drawn at random only to be replaced
+        parts = {
+            "unet": DynamiCrafterUNet(**size("unet", {})),
+            "vae": AutoencoderKL(**size("vae", VAE)),
+            "image_resampler": ImageResampler(**size("image_resampler", {"video_length": frames})),
+            "image_encoder": CLIPVisionModel(CLIPVisionConfig(**size("image_encoder", CLIP_IMAGE))),
+        }
+        if with_text:
+            parts["text_encoder"] = CLIPTextModel(CLIPTextConfig(**size("text_encoder", CLIP_TEXT)))
+    names = {"text_encoder": "text"}  # in the table of `dynamicrafter_weights`
+    load_checkpoint(file, **{names.get(name, name): part for name, part in parts.items()})
+    for part in parts.values():
+        if isinstance(part, CLIPTextModel | CLIPVisionModel):  # a count that no file holds
+            places = part.embeddings.position_ids.shape[-1]
+            part.embeddings.position_ids = torch.arange(places)[None]
+        part.to(precision)
+    return parts
 
 
 def dropped(draws: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -150,15 +161,15 @@ class DynamiCrafter:
         random_weights: no trained weights were loaded.
     """
 
-    query = "output"
+    adapter_query = "output"
 
     def __init__(
         self,
         vae: AutoencoderKL,
         unet: DynamiCrafterUNet,
         text: Callable[[Sequence[str]], Tensor],
-        image_encoder: nn.Module,
-        image_resampler: Resampler,
+        image_encoder: CLIPImage,
+        image_resampler: ImageResampler,
         schedule: Schedule,
         frames: int = 16,
         height: int = 576,
@@ -200,12 +211,65 @@ class DynamiCrafter:
             vae.enable_tiling()
 
     @classmethod
+    def load(
+        cls, path: str, text: Callable[[Sequence[str]], Tensor] | None = None, tokenizer: str = TOKENIZER,
+        sizes: Mapping[str, Mapping[str, Any]] | None = None, schedule: Schedule | None = None, frames: int = 16,
+        dtype: str = "float32", **options,
+    ) -> DynamiCrafter:  # fmt: skip
+        """Read a folder or hub id that holds a published `model.ckpt`, or what `save` wrote.
+
+        Args:
+            path: folder, hub id or `pkg:NAME`.
+            text: in place of the text encoder of the checkpoint.
+            tokenizer: folder or hub id of the CLIP tokenizer; checkpoints bring none.
+            sizes: part (unet, vae, text_encoder, image_encoder, image_resampler) -> sizes that differ from the
+                576 x 1024 model's, for a `model.ckpt`.
+            schedule: that of the 576 x 1024 model by default.
+            frames: clip length; the image Resampler of a checkpoint has tokens for this many.
+            dtype: precision of all networks.
+            options: those of the class.
+
+        Raises MotionRAGError if something is missing, damaged or does not fit.
+        """
+        folder = local_folder(path)
+        if (folder / "model.ckpt").is_file():
+            parts = read_checkpoint(folder / "model.ckpt", text is None, sizes or {}, frames, dtype)
+        else:
+            kinds = {"text_encoder": CLIPTextModel} if text is None else {}
+            kinds |= {"image_encoder": CLIPVisionModel, "image_resampler": ImageResampler}
+            kinds |= {"vae": AutoencoderKL, "unet": DynamiCrafterUNet}
+            parts = dict(zip(kinds, read_parts(str(folder), dtype, **kinds), strict=True))
+        if text is None:
+            tokenizer = str(folder / "tokenizer") if (folder / "tokenizer").is_dir() else tokenizer
+            try:
+                text = CLIPText(parts["text_encoder"], CLIPTokenizer.from_pretrained(tokenizer))
+            except (OSError, ValueError) as error:
+                raise MotionRAGError(
+                    f"backbone {path!r}: no CLIP tokenizer in {tokenizer}; set tokenizer= to a folder or hub id that has one"
+                ) from error
+        networks = (
+            parts["vae"],
+            parts["unet"],
+            text,
+            CLIPImage(parts["image_encoder"]),
+            parts["image_resampler"],
+        )
+        return cls(*networks, schedule or Schedule(base_scale=0.3), frames, **options)
+
+    def save(self, folder: str | Path) -> None:
+        """Write all networks as safetensors, a folder each, for `load`; a text encoder that is not CLIP stays out."""
+        parts = {"vae": self.vae, "unet": self.denoiser, "image_resampler": self.image_resampler}
+        parts["image_encoder"] = self.image_encoder.model
+        if isinstance(self.text, CLIPText):
+            parts |= {"text_encoder": self.text.model, "tokenizer": self.text.tokenizer}
+        for name, part in parts.items():
+            part.save_pretrained(Path(folder) / name)
+
+    @classmethod
     def tiny(
         cls, seed: int = 0, text: Callable[[Sequence[str]], Tensor] | None = None, fps: float = 8.0, **options
     ) -> DynamiCrafter:
         """Random weights at toy size, 9 x 32 x 32; nothing else differs. `options` are those of the class."""
-        from transformers import CLIPVisionConfig, CLIPVisionModel
-
         frames = 9
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -215,7 +279,7 @@ class DynamiCrafter:
                 if not parameter.any():
                     nn.init.normal_(parameter, std=0.05)
             image_encoder = CLIPImage(CLIPVisionModel(CLIPVisionConfig(**TINY_CLIP_IMAGE)))
-            image_resampler = Resampler(video_length=frames, **TINY_IMAGE_RESAMPLER)
+            image_resampler = ImageResampler(**TINY_IMAGE_RESAMPLER, video_length=frames)
         sizes = dict(frames=frames, height=32, width=32, fps=fps, name="dynamicrafter_tiny")
         schedule = Schedule(base_scale=0.3)
         parts = (vae, unet, text or SentenceText(), image_encoder, image_resampler, schedule)
@@ -277,12 +341,16 @@ class DynamiCrafter:
     def image_noise_level(self, batch: int, generator: torch.Generator | None = None) -> None:
         """None: the condition image stays clean in training."""
 
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> text states (B, L, D) float32."""
+        return self.text(prompts).to(self.device).float()
+
     @torch.no_grad()
     def encode_context(self, prompts: Sequence[str], images: Tensor) -> Tensor:
         """Text states and, behind them, the image tokens of frame 1, frame 2, ...: (B, L + T*l, D)."""
         latents = self.image_resampler.latents
         tokens = self.image_resampler(self.image_encoder(images).to(latents))
-        return torch.cat([self.text(prompts).to(self.device).float(), tokens.to(self.device).float()], dim=1)
+        return torch.cat([self.encode_text(prompts), tokens.to(self.device).float()], dim=1)
 
     def null_context(self, images: Tensor) -> Tensor:
         """Context of the empty prompt and an all-zero (grey) image (B, L + T*l, D), computed once."""

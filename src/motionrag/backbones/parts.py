@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 from diffusers.utils import is_accelerate_available
 from safetensors import SafetensorError
 from torch import nn
@@ -38,7 +38,7 @@ def _read(folder: str, name: str, kind: type, precision: torch.dtype) -> Any:
     if issubclass(kind, SchedulerMixin):
         return kind.from_pretrained(folder, subfolder=name)
     options: dict[str, Any] = {"dtype": precision}  # transformers
-    if kind.__module__.startswith("diffusers."):
+    if issubclass(kind, ModelMixin):  # diffusers
         options = {"torch_dtype": precision, "low_cpu_mem_usage": is_accelerate_available()}
     network: nn.Module
     network, info = kind.from_pretrained(folder, subfolder=name, output_loading_info=True, **options)
