@@ -85,10 +85,10 @@ def motion_encoder(tmp_path_factory):
 def adapter_module(motion_encoder):
     """Make a Stage 1 module; options as of AdapterModule."""
 
-    def make(init="zero", lr=1e-2, **options):
+    def make(init="zero", lr=1e-2, backbone=None, **options):
         torch.manual_seed(0)
         return AdapterModule(
-            CogVideoX.tiny(text=text, num_layers=2, num_attention_heads=1),
+            backbone or CogVideoX.tiny(text=text, num_layers=2, num_attention_heads=1),
             Resampler(embedding_dim=16, **SIZES),
             partial(MotionAdapter.for_modules, init=init),
             partial(torch.optim.AdamW, lr=lr),

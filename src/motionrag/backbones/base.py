@@ -13,6 +13,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+RANDOM_WEIGHTS = "backbone {} has random weights: its videos and scores mean nothing, it is for checks alone"
+
 
 @runtime_checkable
 class Backbone(Protocol):

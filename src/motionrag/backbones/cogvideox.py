@@ -248,7 +248,7 @@ class CogVideoX:
         self, context: Tensor, image_latents: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """The empty prompt for a share `text_dropout` of the samples; the image always stays."""
-        drop = torch.rand(len(context), generator=generator) < self.text_dropout
+        drop = torch.rand(len(context), generator=generator, dtype=torch.float32) < self.text_dropout
         empty = self.null_context(image_latents).to(context)
         return torch.where(drop.to(context.device)[:, None, None], empty, context), image_latents
 

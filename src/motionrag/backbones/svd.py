@@ -228,7 +228,7 @@ class SVD:
         scaled: noisy latents times c_in, (B, T, C, h, w). image_latents: (B, 1, C, h, w). c_noise: (B,) or a scalar.
         noise_level: (B,) or a number.
         """
-        ids = torch.empty(len(scaled), 3, device=scaled.device)
+        ids = torch.empty(len(scaled), 3, device=scaled.device, dtype=torch.float32)
         ids[:, 0], ids[:, 1], ids[:, 2] = self.fps_id, self.motion_bucket, noise_level
         images = image_latents.to(scaled).expand(-1, scaled.shape[1], -1, -1, -1)
         return self.denoiser(

@@ -31,6 +31,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from rich.console import Console
     from rich.progress import track
 
+    from motionrag.backbones.base import RANDOM_WEIGHTS
     from motionrag.cli.generate import build
     from motionrag.errors import MotionRAGError
     from motionrag.io import write_json
@@ -66,7 +67,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     table, per_clip = scores.table(), scores.per_clip
     settings = {key: cfg[key] for key in ("k", "steps", "guidance", "motion_scale", "seed")}
     settings |= {"backbone": model.backbone.name, "database": f"{len(db)} clips", "test clips": len(clips)}
-    result = {"conditions": table, "settings": settings, "labels": LABELS, "notes": list(cfg.notes)}
+    notes = list(cfg.notes)
+    if model.backbone.random_weights:
+        notes.append(RANDOM_WEIGHTS.format(model.backbone.name))
+    result = {"conditions": table, "settings": settings, "labels": LABELS, "notes": notes}
     write_json(out / "metrics.json", result)
     shown.write(per_clip)
     write_csv(out / "per_clip.csv", per_clip)

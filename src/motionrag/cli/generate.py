@@ -15,10 +15,14 @@ def build(cfg: DictConfig) -> MotionRAG:
     """The networks that ``generate`` and ``evaluate`` share, from their configs."""
     from hydra.utils import instantiate
 
+    from motionrag.backbones.base import RANDOM_WEIGHTS
     from motionrag.generate import MotionRAG
 
+    backbone = instantiate(cfg.backbone)
+    if backbone.random_weights:
+        print(RANDOM_WEIGHTS.format(backbone.name))
     return MotionRAG(
-        backbone=instantiate(cfg.backbone),
+        backbone=backbone,
         motion_encoder=instantiate(cfg.encoders.motion),
         appearance_encoder=instantiate(cfg.encoders.appearance),
         resampler=instantiate(cfg.resampler),

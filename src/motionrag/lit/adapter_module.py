@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from motionrag.backbones.base import Backbone, MotionInput
+from motionrag.backbones.base import RANDOM_WEIGHTS, Backbone, MotionInput
 from motionrag.checkpoint import check_state, load_weights
 from motionrag.data.batch import MotionBatch
 from motionrag.encoders import MotionEncoder
@@ -42,8 +42,8 @@ class AdapterModule(L.LightningModule):
         reference_dropout: per-sample chance of the zero clip; the backbone drops its own conditions by its own rule.
         weights: weights file to start from.
         gradient_checkpointing: recompute the denoiser's activations in backward.
-        cache: keep latents and contexts of clips seen once, in memory (small data sets). The context's encoders then
-            stay on the CPU and visit the device for new clips only.
+        cache: keep latents and contexts of clips seen once, in the CPU's memory (small data sets). The context's
+            encoders then stay on the CPU too and visit the device for new clips only.
         fixed_image_noise: every condition image keeps one draw of its noise (the reference draws anew each time), so
             that `cache` keeps its latents too.
         seed: of noise and dropout.
@@ -100,15 +100,23 @@ class AdapterModule(L.LightningModule):
 
     def motion_features(self, batch: MotionBatch) -> Tensor:
         """Features (B, N, D) of the batch's own clips, from the data if they are there."""
-        return batch.target_motion if batch.target_motion is not None else self.motion_encoder(batch.video)
+        if batch.target_motion is not None:
+            return batch.target_motion
+        return self.motion_encoder(batch.video.float())
 
     def null_features(self) -> Tensor:
         """Features (1, N, D) of the all-zero clip, computed once."""
         if self._null_features is None:
             side = self.motion_encoder.size
-            zeros = torch.zeros(1, self.motion_encoder.frames, 3, side, side, device=self.device)
+            # dtypes are named here because precision=bf16-true makes bf16 the default
+            shape = (1, self.motion_encoder.frames, 3, side, side)
+            zeros = torch.zeros(shape, device=self.device, dtype=torch.float32)
             self._null_features = self.motion_encoder(zeros)
         return self._null_features.to(self.device)
+
+    def motion_tokens(self, features: Tensor) -> Tensor:
+        """Features (B, N, D) -> motion tokens (B, n, d) in the precision that is trained in."""
+        return self.resampler(features.to(self.dtype))
 
     # --- training ----------------------------------------------------------------------------------------------
 
@@ -124,16 +132,19 @@ class AdapterModule(L.LightningModule):
             part.to(self.device)
         if self._kept is None:
             self.backbone.encoders_to(self.device)
+        if self.backbone.random_weights:
+            self.print(RANDOM_WEIGHTS.format(self.backbone.name))
 
     def training_step(self, batch: MotionBatch, batch_idx: int) -> Tensor:
         features = self.motion_features(batch)
         dropout = [torch.Generator().manual_seed(step_seed(self.seed, "dropout", p)) for p in batch.position]
         conditions = self._conditions(batch, "noise", dropout)
         # null tokens, not a skipped branch: DDP needs every gradient
-        drop = torch.cat([torch.rand(1, generator=g) for g in dropout]) < self.reference_dropout
-        features = torch.where(drop.to(features.device)[:, None, None], self.null_features(), features)
+        drop = torch.cat([torch.rand(1, generator=g, dtype=torch.float32) for g in dropout])
+        drop = (drop < self.reference_dropout).to(features.device)[:, None, None]
+        features = torch.where(drop, self.null_features(), features)
         # Not `use`: gradient checkpointing reads the tokens again during backward, after this method returned.
-        self.motion_adapter.set(self.resampler(features))
+        self.motion_adapter.set(self.motion_tokens(features))
         loss = self.backbone.loss(*conditions)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
@@ -143,8 +154,8 @@ class AdapterModule(L.LightningModule):
 
     def validation_step(self, batch: MotionBatch, batch_idx: int) -> None:
         """Loss with the clips' own motion, and with the zero clip's on the same noise."""
-        tokens = self.resampler(self.motion_features(batch))
-        null = self.resampler(self.null_features()).expand_as(tokens)
+        tokens = self.motion_tokens(self.motion_features(batch))
+        null = self.motion_tokens(self.null_features()).expand_as(tokens)
         for name, motion in (("val/loss", tokens), ("val/loss_null", null)):
             with self.motion_adapter.use(motion):
                 loss = self.backbone.loss(*self._conditions(batch, "validation"))
@@ -204,10 +215,11 @@ class AdapterModule(L.LightningModule):
         if new:
             if kind == "context":
                 self.backbone.encoders_to(self.device)
-            kept.update(zip((name for name, _ in new), encode([row for _, row in new]), strict=True))
+            encoded = encode([row for _, row in new]).cpu()
+            kept.update(zip((name for name, _ in new), encoded, strict=True))
             if kind == "context":
                 self.backbone.encoders_to("cpu")
-        return torch.stack([kept[name] for name in names])
+        return torch.stack([kept[name] for name in names]).to(self.device)
 
     def configure_optimizers(self) -> Any:
         optimizer = self._make_optimizer(self.parameters())
@@ -228,8 +240,8 @@ class AdapterModule(L.LightningModule):
         """Videos (B, T, 3, H, W) in [-1, 1] from the batch's first frames: "without" and "with" its motion."""
         motion = MotionInput(
             self.motion_adapter,
-            self.resampler(self.motion_features(batch)),
-            self.resampler(self.null_features()),
+            self.motion_tokens(self.motion_features(batch)),
+            self.motion_tokens(self.null_features()),
         )
         images = batch.video[:, 0]
         contexts = self.backbone.encode_context(batch.captions, images), self.backbone.null_context(images)

@@ -51,8 +51,9 @@ def weighted_x0_loss(predicted_v: Tensor, x0: Tensor, noise: Tensor, abar: Tenso
 def image_noise_sigma(
     batch: int, generator: torch.Generator | None = None, device: torch.device | None = None
 ) -> Tensor:
-    """Noise level exp(N(-3, 0.5)) for each sample's condition image, (B,)."""
-    return torch.exp(-3.0 + 0.5 * torch.randn(batch, generator=generator, device=device))
+    """Noise level exp(N(-3, 0.5)) for each sample's condition image, (B,) float32."""
+    draw = torch.randn(batch, generator=generator, device=device, dtype=torch.float32)
+    return torch.exp(-3.0 + 0.5 * draw)
 
 
 def noisy_image(image: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
@@ -82,7 +83,8 @@ def edm_sigma(
     device: torch.device | None = None,
 ) -> Tensor:
     """Noise level exp(N(mean, std)) for each sample, (B,) float32."""
-    return torch.exp(mean + std * torch.randn(batch, generator=generator, device=device))
+    draw = torch.randn(batch, generator=generator, device=device, dtype=torch.float32)
+    return torch.exp(mean + std * draw)
 
 
 def edm_scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
