@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import random
 import shutil
 
 import pytest
@@ -15,7 +16,14 @@ from motionrag.checkpoint import load_weights, read_weights, save_weights
 from motionrag.cli import conf_dir
 from motionrag.errors import MotionRAGError
 from motionrag.modules.motion_adapter import MotionAdapter
-from motionrag.release import RELEASES, export_release, import_release, load_cogvideox, load_finetune
+from motionrag.release import (
+    RELEASES,
+    _read_checkpoint,
+    export_release,
+    import_release,
+    load_cogvideox,
+    load_finetune,
+)
 
 TOKENS, WIDTH = 3, 16
 SITES = {
@@ -329,6 +337,23 @@ def test_a_pickle_with_code_inside(tmp_path, sizes, published, file):
     assert not (tmp_path / "ran").exists()
 
 
+def test_any_damage_is_one_line(tmp_path, sizes, published):
+    """Bytes of the pickle itself changed: the file is refused, or the damage did not reach what is read."""
+    path = published / "motion_transformer.ckpt"
+    data = path.read_bytes()
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(data)
+        damaged[rng.randrange(600)] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            _read_checkpoint(path)
+        except MotionRAGError:
+            refused += 1
+    assert refused > 10
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "pickle", "legacy"])
 def test_a_damaged_file(tmp_path, sizes, published, damage):
     path = published / "motion_transformer.ckpt"
@@ -472,3 +497,31 @@ def test_exports_that_cannot_be(tmp_path, sizes, published):
         with pytest.raises(MotionRAGError, match=match):
             export_release("cogvideox", tmp_path / "ours", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+# ---------------------------------------------------------------- the config beside the weights
+
+
+@pytest.mark.parametrize("verb", ["generate", "evaluate"])
+@pytest.mark.parametrize("name", RELEASES)
+def test_the_config_fits_generate_and_evaluate(tmp_path, sizes, name, verb):
+    do_import(
+        write(tmp_path / "theirs", reference_files(networks(sizes, name), name)),
+        tmp_path / "o u",
+        sizes,
+        name,
+    )
+    words = [f"hydra.searchpath=['file://{tmp_path}/o u']", f"+release={name}"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        cfg = compose(verb, overrides=words)
+        assert compose(verb, overrides=[*words, f"backbone={name}_tiny"]).backbone != cfg.backbone
+    assert cfg.backbone.name == name and cfg.resampler == sizes["resampler"] and cfg.cama == sizes["cama"]
+    assert cfg.encoders.motion.path == "MCG-NJU/videomae-base-finetuned-ssv2"
+    assert (cfg.steps, cfg.guidance) == {"dynamicrafter": (30, 2.0)}.get(name, (25, 3.0))
+    assert instantiate(cfg.motion_adapter).keywords["query"] == "output"
+    for part, keys in (("adapter", ("resampler", "motion_adapter")), ("cama", ("cama",))):
+        state, manifest = read_weights(cfg.weights[part])
+        assert {key.split(".")[0] for key in state} == set(keys)
+        assert manifest["about"]["sizes"].keys() == set(keys) - {"motion_adapter"}
+    tuned = cfg.backbone.get("finetune")
+    assert tuned == (f"{tmp_path}/o u/backbone.safetensors" if name == "cogvideox" else None)

@@ -20,7 +20,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from secrets import token_hex
 from typing import Any
 
@@ -217,11 +216,7 @@ def import_release(
             absent = _check_keys(folder / source, found, maps[source], shapes, chosen)
             state = {ours: found[theirs] for theirs, ours in maps[source].items() if theirs in found}
             _merge(states[name], state, folder / source)
-            report["files"][source] = {
-                "tensors": len(state),
-                "parameters": sum(tensor.numel() for tensor in state.values()),
-                "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})),
-            }
+            report["files"][source] = _counts(state)
             if absent:
                 report["absent"][source] = absent
     if not any(key.startswith("resampler.") for key in states["adapter"]):
@@ -252,14 +247,14 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint, mapped from the file; runs nothing that is in it."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = found[1] if found else "an object that is not a tensor"
-        raise MotionRAGError(
-            f"{path} holds {what}: expected tensors only; nothing was loaded, since such a file can run code. Save its "
-            "state_dict alone, or get the published file again"
-        ) from error
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
+    except PermissionError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise MotionRAGError(
+                f"{path} holds {found[1]}: expected tensors only; nothing was loaded, since such a file can run code. "
+                "Save its state_dict alone, or get the published file again"
+            ) from error
         raise MotionRAGError(
             f"{path} is not a whole checkpoint of torch.save's zip format (damaged, cut off or another kind of file): "
             "get it again"
@@ -268,7 +263,7 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not tensors:
         raise MotionRAGError(f"{path} holds no tensors by name, neither at the top nor under state_dict")
     for key, value in tensors.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        if not isinstance(key, str) or not isinstance(value, Tensor) or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise MotionRAGError(f"{path}: {key} is {kind}, expected a tensor of floats")
     return {key: value.detach() for key, value in tensors.items()}
@@ -358,6 +353,15 @@ def _own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return own
 
 
+def _counts(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a report says about one published file."""
+    return {
+        "tensors": len(state),
+        "parameters": sum(tensor.numel() for tensor in state.values()),
+        "dtype": ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})),
+    }
+
+
 def _about(name: str, report: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
     """What the manifest of one of our files says about where it comes from."""
     plain = OmegaConf.to_container(OmegaConf.create(dict(sizes)), resolve=True)
@@ -404,8 +408,8 @@ def _config(release: Release, out: Path, sizes: Mapping[str, Any], finetune: boo
 # --- export ------------------------------------------------------------------------------------------------------
 
 
-def export_release(release: str, weights: str | Path, out: str | Path) -> dict[str, Any]:
-    """adapter.safetensors, cama.safetensors (and backbone.safetensors if it is there) of the folder `weights` -> the
+def export_release(release: str, path: str | Path, out: str | Path) -> dict[str, Any]:
+    """adapter.safetensors, cama.safetensors (and backbone.safetensors if it is there) of the folder `path` -> the
     reference's files in the new folder `out`.
 
     What an import filled is left out again. Other weights keep their start tokens, which the reference reads as
@@ -414,18 +418,18 @@ def export_release(release: str, weights: str | Path, out: str | Path) -> dict[s
     Returns {"release", "files": {file: {"tensors", "parameters", "dtype"}}}. Raises MotionRAGError when `out` is there
     already, a weights file is missing or damaged, and when the adapter's sites are not those of the release.
     """
-    chosen, folder, out = find_release(release), Path(weights), Path(out)
+    chosen, folder, out = find_release(release), Path(path), Path(out)
     _check_new(out)
     state: dict[str, Tensor] = {}
     absent: set[tuple[str, str]] = set()
     for name in SOURCES:
-        path = folder / f"{name}.safetensors"
-        if name == "backbone" and not path.is_file():
+        file = folder / f"{name}.safetensors"
+        if name == "backbone" and not file.is_file():
             continue
-        tensors, manifest = read_weights(path)
+        tensors, manifest = read_weights(file)
         state |= tensors
         imported = manifest.get("about", {}).get("release", {})
-        absent |= {(file, key) for file, keys in imported.get("absent", {}).items() for key in keys}
+        absent |= {(source, key) for source, keys in imported.get("absent", {}).items() for key in keys}
     for part in ("resampler", "motion_adapter", "cama"):
         if not any(key.startswith(f"{part}.") for key in state):
             raise MotionRAGError(f"{folder} holds no {part} weights: expected adapter and cama.safetensors")
@@ -436,11 +440,7 @@ def export_release(release: str, weights: str | Path, out: str | Path) -> dict[s
             if not theirs:
                 continue
             torch.save(theirs if file in FLAT else {"state_dict": theirs}, partial / file)
-            report["files"][file] = {
-                "tensors": len(theirs),
-                "parameters": sum(tensor.numel() for tensor in theirs.values()),
-                "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in theirs.values()})),
-            }
+            report["files"][file] = _counts(theirs)
     return report
 
 

@@ -65,15 +65,33 @@ def test_nothing_of_ours_is_left_over(sizes):
 
 
 @pytest.fixture(scope="module")
-def values():
-    """(number, shape) -> bf16 values below 2 that look random, others for every number, as fast as memory allows."""
+def noise():
+    """int16 that are bf16 values between 0 and 2."""
     torch.manual_seed(0)
-    noise = torch.randint(0x3000, 0x4000, (3072 * 3072,), dtype=torch.int16)
+    return torch.randint(0x3000, 0x4000, (3072 * 3072,), dtype=torch.int16)
+
+
+@pytest.fixture(scope="module")
+def values(noise):
+    """(number, shape) -> bf16 values that look random, others for every number, as fast as memory allows."""
 
     def make(number, shape):
         return (noise[: torch.Size(shape).numel()] ^ number).view(torch.bfloat16).view(shape)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def same(noise):
+    """(tensor, number) -> whether it holds the values of that number; large ones are looked at in
+    some places only (every 4097th), since no two numbers agree in any."""
+
+    def compare(tensor, number):
+        found, expected = tensor.view(torch.int16).flatten(), noise[: tensor.numel()]
+        step = 1 if tensor.numel() < 1 << 20 else 4096 + 1
+        return torch.equal(found[::step], expected[::step] ^ number)
+
+    return compare
 
 
 @pytest.fixture
@@ -95,7 +113,7 @@ def no_checksums():
 
 
 @pytest.mark.parametrize("name", RELEASES)
-def test_full_files_there_and_back(published, sizes, name, values, space, no_checksums):
+def test_full_files_there_and_back(published, sizes, name, values, same, space, no_checksums):
     """Every published file at its full shapes -> ours -> back. The 17-frame fine-tune (2.4 GB) goes one way only."""
     theirs, ours, back = space / "theirs", space / "ours", space / "back"
     theirs.mkdir()
@@ -122,7 +140,7 @@ def test_full_files_there_and_back(published, sizes, name, values, space, no_che
     for file in ours.glob("*.safetensors"):
         state, _ = read_weights(file)
         for key in state.keys() - set(report["filled"]):
-            assert torch.equal(state[key], values(numbers[key], state[key].shape)), key
+            assert same(state[key], numbers[key]), key
             left.remove(key)
     assert not left
 
@@ -135,4 +153,4 @@ def test_full_files_there_and_back(published, sizes, name, values, space, no_che
         state = state if entry["container"] == "flat dict" else state["state_dict"]
         assert {key: list(value.shape) for key, value in state.items()} == entry["keys"]
         for key, value in state.items():
-            assert torch.equal(value, values(numbers[maps[file][key]], value.shape)), key
+            assert same(value, numbers[maps[file][key]]), key

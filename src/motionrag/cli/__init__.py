@@ -47,7 +47,7 @@ VERBS: dict[str, Verb] = {
     "generate": Verb("image + prompt (+ database) -> mp4", 'image=FILE prompt="..." db=DB', "prompt"),
     "evaluate": Verb("a test split with and without retrieval -> metrics and clips", "experiment=NAME"),
     "import": Verb("the reference's checkpoints -> our weights", "release=NAME path=DIR out=DIR"),
-    "export": Verb("our weights -> checkpoints of the reference", "release=NAME weights=DIR out=DIR"),
+    "export": Verb("our weights -> checkpoints of the reference", "release=NAME path=DIR out=DIR"),
     "report": Verb("run folders -> one self-contained HTML page", "DIR...", "runs", many=True),
     "demo": Verb("all of the above on the tiny configuration", ""),
 }

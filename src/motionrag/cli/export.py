@@ -11,7 +11,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """Write the files; see ``conf/export.yaml`` for the keys."""
     from motionrag.release import export_release
 
-    report = export_release(str(cfg.release), str(cfg.weights), str(cfg.out))
+    report = export_release(str(cfg.release), str(cfg.path), str(cfg.out))
     for file, info in report["files"].items():
         print(f"wrote {file}: {info['tensors']} tensors, {info['parameters']:,} values, {info['dtype']}")
     return {
