@@ -185,6 +185,17 @@ def test_less_than_one_step(model):
         generate(model, steps=0)
 
 
+def test_encoders_leave_the_device_once_they_have_encoded(cfg, model):
+    moves = []
+    lean = build(OmegaConf.merge(cfg, {"offload": True, "device": "cpu"}))
+    encoders_to, sample = lean.backbone.encoders_to, lean.backbone.sample
+    lean.backbone.encoders_to = lambda device: (moves.append(f"encoders {device}"), encoders_to(device))
+    lean.backbone.sample = lambda *a, **k: (moves.append("sample"), sample(*a, **k))[1]
+    tokens = noise(2, 8, 128)
+    assert torch.equal(generate(lean, tokens), generate(model, tokens))
+    assert moves == ["encoders cpu", "encoders cpu", "sample"]  # the device is the CPU here
+
+
 # ---------------------------------------------------------------- without CAMA
 
 

@@ -32,6 +32,10 @@ class MotionRAG:
         resampler, motion_adapter: Stage 1. `motion_adapter` is called with the backbone's sites and `token_width`.
         cama: Stage 2; None leaves only tokens that skip CAMA.
         adapter_weights, cama_weights: weights files of the two stages.
+        device: of backbone and adapter. Motion and appearance encoders, Resampler and CAMA are small, run once per
+            clip, and stay where they are.
+        offload: bring the backbone's own encoders (T5, CLIP) to the device only while they encode. The video is the
+            same; memory falls by their size.
     """
 
     def __init__(
@@ -44,6 +48,8 @@ class MotionRAG:
         cama: CAMA | None,
         adapter_weights: str,
         cama_weights: str | None = None,
+        device: torch.device | str = "cpu",
+        offload: bool = False,
     ):
         self.backbone, self.motion_encoder, self.appearance_encoder = (
             backbone,
@@ -62,7 +68,10 @@ class MotionRAG:
                     "cama_weights is missing: give the .safetensors of Stage 2, or cama=null"
                 )
             load_weights(cama_weights, cama=self.cama)
-        self.adapter.attach(sites)
+        self.device, self.offload = torch.device(device), offload
+        backbone.to(self.device)
+        backbone.encoders_to("cpu" if offload else self.device)
+        self.adapter.to(self.device).attach(sites)
 
     def detach(self) -> None:
         """Restore the bare backbone."""
@@ -121,7 +130,7 @@ class MotionRAG:
         motion_scale: float = 1.0,
         progress: bool = False,
     ) -> Tensor:
-        """Videos (B, T, 3, H, W) in [-1, 1].
+        """Videos (B, T, 3, H, W) in [-1, 1], on the CPU.
 
         Args:
             image: first frames (B, 3, H, W).
@@ -134,13 +143,18 @@ class MotionRAG:
         """
         if steps < 1:
             raise MotionRAGError(f"steps={steps}: expected at least 1 denoising step")
+        if self.offload:
+            self.backbone.encoders_to(self.device)
         contexts = self.backbone.encode_context(prompts, image), self.backbone.null_context(image)
+        if self.offload:
+            self.backbone.encoders_to("cpu")
         options = dict(steps=steps, guidance=guidance, seeds=seeds, progress=progress)
         if tokens is None:
             with self.adapter.use(None):
-                return self.backbone.sample(image, *contexts, **options)
-        motion = MotionInput(self.adapter, tokens, self.null_tokens, motion_scale)
-        return self.backbone.sample(image, *contexts, motion=motion, **options)
+                return self.backbone.sample(image, *contexts, **options).cpu()
+        tokens, null_tokens = tokens.to(self.device), self.null_tokens.to(self.device)
+        motion = MotionInput(self.adapter, tokens, null_tokens, motion_scale)
+        return self.backbone.sample(image, *contexts, motion=motion, **options).cpu()
 
 
 def to_float(frames: np.ndarray) -> Tensor:

@@ -52,7 +52,7 @@ def first_step(backbone, world, *words):
     return [f"backbone={backbone}", *made, *sizes, *quiet, *words]
 
 
-@pytest.mark.parametrize("backbone", ["svd_tiny"])
+@pytest.mark.parametrize("backbone", ["svd_tiny", "dynamicrafter_tiny"])
 def test_train_generate_evaluate(backbone, world, run, tmp_path):
     said = f"backbone {backbone} has random weights"
     out = run("train", *first_step(backbone, world, "motion_adapter.init=reference"))

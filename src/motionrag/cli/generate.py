@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 def build(cfg: DictConfig) -> MotionRAG:
     """The networks that ``generate`` and ``evaluate`` share, from their configs."""
+    import torch
     from hydra.utils import instantiate
 
     from motionrag.backbones.base import RANDOM_WEIGHTS
@@ -30,6 +31,8 @@ def build(cfg: DictConfig) -> MotionRAG:
         cama=instantiate(cfg.cama),
         adapter_weights=cfg.weights.adapter,
         cama_weights=cfg.weights.cama,
+        device=cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        offload=bool(cfg.offload),
     )
 
 
