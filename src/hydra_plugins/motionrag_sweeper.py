@@ -10,6 +10,8 @@ from hydra.core.override_parser.types import Override
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from motionrag.errors import MotionRAGError
+
 
 @dataclass
 class PointSweeperConf:
@@ -33,12 +35,19 @@ class PointSweeper(BasicSweeper):
         config.hydra.sweep.dir = str(Path(config.hydra.sweep.dir).resolve())
         self.folder = Path(config.hydra.sweep.dir)
         self.todo: set[str] = set()
+        launcher, trainer = config.hydra.launcher, config.get("trainer")
+        if "tasks_per_node" in launcher and trainer is not None:  # Slurm, by submitit
+            if not str(trainer.devices).isdecimal():
+                raise MotionRAGError(
+                    f"launcher=slurm needs a number of devices, got trainer.devices={trainer.devices}"
+                )
+            if launcher.gpus_per_node is None and trainer.accelerator in ("gpu", "cuda"):
+                launcher.gpus_per_node = trainer.devices
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
         """Batches of points that are still to run."""
         from motionrag import sweeps
-        from motionrag.errors import MotionRAGError
 
         varied = {o.get_key_element(): o for o in overrides if o.is_sweep_override()}
         (points,) = BasicSweeper.split_arguments(overrides, None)
@@ -48,6 +57,7 @@ class PointSweeper(BasicSweeper):
                 f"the sweep has no points, {', '.join(empty)} matches nothing: check the pattern and, for "
                 "configs outside conf/, hydra.searchpath"
             )
+        self.validate_batch_is_legal(points[:1])  # an unknown key leaves nothing behind
         launch = [
             *self.config.hydra.overrides.task,
             *(
@@ -67,7 +77,6 @@ class PointSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Run what is to run and leave the table in the sweep's folder."""
         from motionrag import sweeps
-        from motionrag.errors import MotionRAGError
 
         try:
             return super().sweep(arguments)

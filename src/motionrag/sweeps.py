@@ -70,7 +70,10 @@ def plan(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, sweep)
     states = {row["name"]: row["state"] for row in write_table(folder)}
-    return [known[name] for name in names if states[name] not in ("finished", *LIVE)]
+    todo = [known[name] for name in names if states[name] not in ("finished", *LIVE)]
+    for point in todo:
+        (folder / point["name"] / "state.json").unlink(missing_ok=True)  # it waits again
+    return todo
 
 
 def read_plan(folder: Path) -> dict[str, Any]:

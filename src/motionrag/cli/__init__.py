@@ -48,10 +48,13 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb("a test split with and without retrieval -> metrics and clips", "experiment=NAME"),
     "import": Verb("the reference's checkpoints -> our weights", "release=NAME path=DIR out=DIR"),
     "export": Verb("our weights -> checkpoints of the reference", "release=NAME path=DIR out=DIR"),
+    "sweep": Verb("what became of a sweep; run again what failed", "status|retry DIR", "what", many=True),
     "report": Verb("run folders -> one self-contained HTML page", "DIR...", "runs", many=True),
     "demo": Verb("all of the above on the tiny configuration", ""),
 }
 
+# Short names: what is typed -> Hydra's key.
+ALIASES = {"launcher": "hydra/launcher", "retrieval.k": "k"}
 # Keys whose values are prose: taken literally, never as numbers, lists or sweeps.
 TEXT_KEYS = frozenset({"prompt", "motion_prompt", "negative_prompt"})
 # Hydra's own options: those that take the next word as their value, and the others.
@@ -165,7 +168,11 @@ def overrides_from_words(verb: str, words: list[str]) -> list[str]:
     for a sweep outside ``-m``, is quoted. Bare words become the verb's positional key; after ``--``
     everything is a bare word.
     """
+    words = [_full_name(word) for word in words]
     multirun = "-m" in words or "--multirun" in words
+    looks = {"--cfg", "-c", "--info", "-i"} & set(words)
+    if not multirun and not looks and any(word.startswith("hydra/launcher=") for word in words):
+        words, multirun = ["-m", *words], True  # Hydra's launchers run sweeps; this one has a single point
     bare: list[str] = []
     overrides: list[str] = []
     options: list[str] = []  # last: Hydra's parser wants all overrides in one stretch
@@ -188,6 +195,16 @@ def overrides_from_words(verb: str, words: list[str]) -> list[str]:
         else:
             bare.append(word)
     return overrides + _positional_override(verb, bare) + options
+
+
+def _full_name(word: str) -> str:
+    match = re.match(r"(\+\+|\+)?([\w.]+)(=.*)", word, flags=re.S)
+    if not match:
+        return word
+    plus, key, value = match[1] or "", match[2], match[3]
+    if key.startswith("launcher."):
+        return f"{plus}hydra.{key}{value}"
+    return f"{plus}{ALIASES.get(key, key)}{value}"
 
 
 def _positional_override(verb: str, bare: list[str]) -> list[str]:
@@ -245,6 +262,9 @@ def _launch(verb: str, words: list[str]) -> int:
         )
     import hydra
 
+    from motionrag.cli import launch
+
+    launch.join(multirun="-m" in overrides or "--multirun" in overrides)
     typed = ["motionrag", verb, *words]
     mistakes: list[str] = []
 

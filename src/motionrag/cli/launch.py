@@ -11,12 +11,16 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import tempfile
+import time
+from datetime import timedelta
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from motionrag.errors import MotionRAGError
+from motionrag.sweeps import slurm_job
 
 SAME_PROCESS = ("ddp_fork", "ddp_spawn", "ddp_notebook")  # strategies that make their own processes
 # What a rank says when another one is gone: never the reason.
@@ -40,6 +44,43 @@ def rank() -> int:
 def is_rank() -> bool:
     """Whether this is one of several processes that somebody else started."""
     return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS") or 1) > 1
+
+
+def join(multirun: bool) -> None:
+    """Make this process fit for being one of several, or for a Slurm job; elsewhere nothing.
+
+    Raises MotionRAGError for a sweep under torchrun, whose points have processes of their own anyway.
+    """
+    if "SLURM_JOB_ID" in os.environ:
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            if (
+                signal.getsignal(number) is signal.SIG_DFL
+            ):  # "save now" must not end a process that has yet to start
+                signal.signal(number, signal.SIG_IGN)
+    if not is_rank():
+        return
+    if multirun:
+        raise MotionRAGError(
+            "a sweep starts the processes of each point itself: call motionrag without torchrun and srun, with "
+            "trainer.devices=N (several nodes: launcher=slurm)"
+        )
+    os.environ["MOTIONRAG_RUN"] = (
+        _shared_name()
+    )  # conf/hydra/default.yaml: one folder, whenever each rank starts
+
+
+def _shared_name() -> str:
+    """A name that all processes of this run agree on."""
+    if job := slurm_job():
+        return f"slurm-{job}"
+    from torch.distributed import TCPStore
+
+    # torchrun's own store: open before, and after, every process group
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(*where, is_master=False, timeout=timedelta(minutes=5))
+    if rank() == 0:
+        store.set("motionrag/run", time.strftime("%Y-%m-%d_%H-%M-%S"))
+    return store.get("motionrag/run").decode()
 
 
 def processes(trainer: DictConfig) -> int:
@@ -87,6 +128,8 @@ def start(count: int, cfg: DictConfig) -> dict[str, Any]:
     # Ranks are forked from a process that has imported everything and done nothing: all runs of a sweep share the
     # seconds of importing, and no thread or GPU context is ever forked.
     multiprocessing.set_forkserver_preload(["motionrag.lit.adapter_module", "motionrag.cli.train"])
+    # a rank that was killed leaves a semaphore behind; Python removes it and would warn after our error
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     with tempfile.TemporaryDirectory(prefix="motionrag-ranks-") as folder:
         config = LaunchConfig(
             min_nodes=1,

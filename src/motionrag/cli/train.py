@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,9 +27,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     import transformers
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
+    from lightning.pytorch.loggers import WandbLogger
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    from motionrag.checkpoint import count_parameters, read_weights
+    from motionrag.checkpoint import count_parameters, read_weights, save_weights, trainable_state
     from motionrag.cli import launch
     from motionrag.errors import MotionRAGError
     from motionrag.lit.callbacks import SaveWeights
@@ -73,9 +75,22 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             f"{cfg.name}: {trainable:,} trainable parameters, {len(data.train_part)} training and "
             f"{len(data.val_part)} validation clips"
         )
-    trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    failed = 1
+    try:
+        trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
+        failed = 0
+    finally:
+        if "wandb" in cfg.logger:  # or the next run of a sweep would be logged into this one
+            import wandb
+
+            wandb.finish(exit_code=failed)
     if not trainer.is_global_zero:  # the first process has written the results
         return {}
+    if not weights.is_file():  # ended between its last checkpoint and here: there was no step left to do
+        save_weights(weights, trainable_state(module), about | {"steps": trainer.global_step, "metrics": {}})
 
     about = read_weights(weights)[1]["about"]  # written where the training ran, which may be a forked process
     metrics = about["metrics"]
@@ -104,6 +119,7 @@ def _about(cfg: DictConfig, module: L.LightningModule, db: RetrievalDatabase | N
     }
     if cfg.stage_name == "adapter":
         about["backbone"] = module.backbone.name
+        about["adapter_query"] = sorted(set(module.motion_adapter.query.values()))
         about["encoders"] = {"motion": dict(module.motion_encoder.identity)}
         if db is not None:
             db.check_encoders({"motion": module.motion_encoder})
@@ -127,14 +143,26 @@ def _about(cfg: DictConfig, module: L.LightningModule, db: RetrievalDatabase | N
     return about
 
 
-def wandb_logger(**options: Any) -> WandbLogger:
-    """A W&B logger that needs no login: online only for users who are logged in; WANDB_MODE has the last word."""
+def wandb_logger(save_dir: str, resume: str | bool | None = None, **options: Any) -> WandbLogger:
+    """A W&B logger that needs no login: online only for users who are logged in; WANDB_MODE has the last word.
+
+    The run is named after its folder, which keeps its id: continued with `resume`, it stays one run.
+    """
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
+    from motionrag.cli import launch
+    from motionrag.io import write_text
+
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
     os.environ["WANDB_MODE"] = mode
-    return WandbLogger(offline=mode == "offline", **options)
+    kept = Path(save_dir) / "wandb.id"
+    if resume and kept.is_file():
+        options |= {"id": kept.read_text().strip(), "resume": "allow"}
+    elif launch.rank() == 0:
+        options["id"] = secrets.token_hex(4)
+        write_text(kept, options["id"] + "\n")
+    return WandbLogger(save_dir=save_dir, name=Path(save_dir).name, offline=mode == "offline", **options)
 
 
 def make_motionworld(

@@ -1,5 +1,9 @@
 """What a training run shows of itself, and when it stops itself."""
 
+import os
+import signal
+import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -57,6 +61,67 @@ class SaveWeights(L.Callback):
         metrics = {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
         about = self.about | {"steps": trainer.global_step, "metrics": metrics}
         save_weights(self.path, trainable_state(module), about)
+
+
+class Preemption(L.Callback):
+    """Saves a checkpoint at the end of the step in which the machine announces that it will be taken away.
+
+    - SIGUSR1 and SIGUSR2 (`--signal` of Slurm: before the time limit, before a preemption): the job is put back into
+      Slurm's queue and this process ends.
+    - SIGTERM: inside Slurm training goes on, since Slurm alone knows what follows (the end, or another start by
+      itself); elsewhere the process ends.
+
+    The processes of a run agree first, so all stop at the same step.
+
+    Args:
+        path: the checkpoint; a run is continued from it with `ckpt_path=last`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._asked = 0  # 1: save, 2: save and requeue
+        self._step = 0
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # After Lightning's own handlers, which may save in the middle of a step; it puts the old ones back at the end.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._asked = max(self._asked, 1 if number == signal.SIGTERM else 2)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: MotionBatch, idx: int
+    ) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: MotionBatch, idx: int
+    ) -> None:
+        if trainer.global_step == self._step:  # gradients are being accumulated: no step has ended
+            return
+        asked = self._asked
+        if trainer.world_size > 1:
+            level = torch.tensor(float(asked), device=trainer.strategy.root_device)
+            asked = int(trainer.strategy.reduce(level, reduce_op="max"))
+        if not asked:
+            return
+        self._asked = 0
+        trainer.save_checkpoint(self.path)
+        job = os.environ.get("SLURM_JOB_ID")
+        if trainer.is_global_zero:
+            print(f"asked to stop: saved step {trainer.global_step} to {self.path}", flush=True)
+            if job and asked == 2:
+                subprocess.run(["scontrol", "requeue", _slurm_job()], check=True)
+        if asked == 2 or not job:
+            raise SystemExit(128 + signal.SIGTERM)
+
+
+def _slurm_job() -> str:
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
 
 
 class Throughput(L.Callback):

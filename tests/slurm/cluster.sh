@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# A Slurm cluster of one machine, for tests: cluster.sh up DIR, cluster.sh down DIR. Everything lies in DIR; use it with
+# SLURM_CONF=DIR/slurm.conf. Needs root and Debian's packages: apt-get install slurm-wlm munge
+set -euo pipefail
+action=$1 dir=$2
+
+stop() {
+    for name in slurmd slurmctld munged; do
+        [ -s "$dir/$name.pid" ] || continue
+        pid=$(cat "$dir/$name.pid")
+        kill "$pid" 2>/dev/null || continue
+        for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
+        kill -9 "$pid" 2>/dev/null || true
+    done
+}
+
+if [ "$action" = down ]; then
+    SLURM_CONF=$dir/slurm.conf timeout 10 scancel --user="$(id -un)" || true
+    stop
+    exit
+fi
+
+mkdir -p "$dir/state" "$dir/spool" "$dir/munge"
+chmod 755 "$dir/munge"
+head -c 128 /dev/urandom > "$dir/munge/key"
+chmod 600 "$dir/munge/key"
+# its own key and socket: a munge that runs already is left alone
+munged --force --key-file="$dir/munge/key" --socket="$dir/munge/socket" --pid-file="$dir/munged.pid" \
+    --log-file="$dir/munge/log" --seed-file="$dir/munge/seed" 2>/dev/null
+
+cat > "$dir/slurm.conf" <<CONF
+ClusterName=local
+SlurmctldHost=localhost
+SlurmctldPort=16817
+SlurmdPort=16818
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket=$dir/munge/socket,cred_expire=5
+CredType=cred/munge
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SwitchType=switch/none
+ReturnToService=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+StateSaveLocation=$dir/state
+SlurmdSpoolDir=$dir/spool
+SlurmctldPidFile=$dir/slurmctld.pid
+SlurmdPidFile=$dir/slurmd.pid
+SlurmctldLogFile=$dir/slurmctld.log
+SlurmdLogFile=$dir/slurmd.log
+NodeName=localhost NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 CPUs=2 RealMemory=2000
+PartitionName=main Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime=60
+PartitionName=hi Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF
+CONF
+export SLURM_CONF=$dir/slurm.conf
+slurmctld
+slurmd -N localhost
+for _ in $(seq 100); do
+    sinfo --noheader --format=%T 2>/dev/null | grep -q idle && exit
+    sleep 0.2
+done
+echo "the cluster did not come up: see $dir/slurmctld.log and $dir/slurmd.log" >&2
+stop
+exit 1

@@ -1,0 +1,314 @@
+"""Sweeps: named folders, a table, finished points kept, one line for every mistake; data-parallel points inside."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import signal
+import socket
+import sys
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+
+from motionrag import cli, sweeps
+from motionrag.cli import launch
+from motionrag.errors import MotionRAGError
+
+# ---------------------------------------------------------------- a verb that computes nothing
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """Run `motionrag retrieve ... -m` with a verb that the test supplies; `sweep.seen` lists the configs it got."""
+    conf = tmp_path / "conf"
+    (conf / "hydra").mkdir(parents=True)
+    shipped = cli.conf_dir() / "hydra" / "default.yaml"
+    (conf / "hydra" / "default.yaml").write_text(shipped.read_text())
+    (conf / "retrieve.yaml").write_text(
+        "defaults: [{hydra: default}, _self_]\nk: 9\nseed: 3\npath: a\nckpt_path: null\n"
+    )
+    monkeypatch.setattr(cli, "conf_dir", lambda: conf)
+    monkeypatch.chdir(tmp_path)
+
+    def main(*words, run=lambda cfg: {"summary": "ok", "score": cfg.k / 2}):
+        def record(cfg):
+            main.seen.append(OmegaConf.to_container(cfg))
+            return run(cfg)
+
+        module = type(sys)("motionrag.cli.retrieve")
+        module.run = record
+        monkeypatch.setitem(sys.modules, "motionrag.cli.retrieve", module)
+        return cli.main(["retrieve", *words, "-m", "hydra.sweep.dir=S"])
+
+    main.seen = []
+    main.folder = tmp_path / "S"
+    return main
+
+
+def one_line(capsys) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def table(folder) -> dict[str, dict]:
+    return {row["name"]: row for row in json.loads((folder / "sweep.json").read_text())["points"]}
+
+
+def folders(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def test_folders_and_table(sweep):
+    assert sweep("retrieval.k=1,3", "seed=1,2", "path=b") == 0
+    names = ["k=1_seed=1", "k=1_seed=2", "k=3_seed=1", "k=3_seed=2"]
+    assert folders(sweep.folder) == names
+    assert [(c["k"], c["seed"], c["path"]) for c in sweep.seen] == [
+        (k, s, "b") for k in (1, 3) for s in (1, 2)
+    ]
+    row = table(sweep.folder)["k=3_seed=2"]
+    assert row["parameters"] == {"k": "3", "seed": "2"} and row["seed"] == 2
+    assert row["state"] == "finished" and row["metrics"] == {"score": 1.5} and row["error"] is None
+    assert row["folder"] == str(sweep.folder / "k=3_seed=2")
+    assert row["log"] == f"{row['folder']}/retrieve.log" and os.path.isfile(row["log"])
+    rows = list(csv.DictReader((sweep.folder / "sweep.csv").open()))
+    assert [row["name"] for row in rows] == names
+    assert (rows[0]["k"], rows[0]["seed"], rows[0]["score"], rows[0]["state"]) == (
+        "1",
+        "1",
+        "0.5",
+        "finished",
+    )
+
+
+def test_finished_points_are_not_run_again(sweep, capsys):
+    assert sweep("k=1,2") == 0
+    assert sweep("k=1,2,4") == 0
+    assert [config["k"] for config in sweep.seen] == [1, 2, 4]
+    assert "2 of 3 points are finished" in capsys.readouterr().out
+    assert folders(sweep.folder) == ["k=1", "k=2", "k=4"]
+
+
+def test_a_failed_point_marks_only_itself(sweep, capsys):
+    def run(cfg):
+        if cfg.k == 2:
+            raise MotionRAGError("no such\nthing")
+        return {"summary": "ok"}
+
+    assert sweep("k=1,2,3", run=run) == 2
+    line = one_line(capsys)
+    assert "1 of 3 points failed, the first k=2: no such thing" in line and "motionrag sweep retry" in line
+    rows = table(sweep.folder)
+    assert {name: row["state"] for name, row in rows.items()} == {
+        "k=1": "finished",
+        "k=2": "failed",
+        "k=3": "finished",
+    }
+    assert rows["k=2"]["error"] == "no such thing"
+    assert "no such thing" in (sweep.folder / "k=2/retrieve.log").read_text()
+    sweep.seen.clear()
+    assert sweep("k=1,2,3") == 0
+    assert [config["k"] for config in sweep.seen] == [2]
+
+
+def test_a_bug_in_a_point_leaves_its_traceback_in_the_log(sweep, capsys):
+    assert sweep("k=1,2", run=lambda cfg: {"summary": {1: "ok"}[cfg.k]}) == 2
+    assert "k=2: KeyError: 2 (log: " in one_line(capsys)
+    assert "Traceback" in (sweep.folder / "k=2/retrieve.log").read_text()
+
+
+def test_full_disk(sweep, capsys):
+    def run(cfg):
+        if cfg.k == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", "last.ckpt")
+        return {"summary": "ok"}
+
+    assert sweep("k=1,2", run=run) == 2
+    assert "No space left on device" in one_line(capsys)
+    assert table(sweep.folder)["k=1"]["state"] == "finished"
+
+
+def test_mistakes_start_nothing(sweep, capsys):
+    for words, expected in (
+        (["k=glob(*)"], "the sweep has no points, k=glob(*) matches nothing"),
+        (["kk=1,2"], "unknown config key 'kk', did you mean 'k'?"),
+    ):
+        assert sweep(*words) == 2
+        assert expected in one_line(capsys)
+    assert not sweep.seen and not sweep.folder.exists()
+
+
+def test_a_folder_belongs_to_one_setting(sweep, capsys):
+    assert sweep("k=1,2", "path=b") == 0
+    assert sweep("k=1,2", "path=c") == 2
+    assert "run with other settings (different: path=b, path=c): choose another" in one_line(capsys)
+    assert len(sweep.seen) == 2
+
+
+def test_a_started_point_continues_from_its_checkpoint(sweep):
+    def stop(cfg):
+        sweeps.checkpoint(sweep.folder / f"k={cfg.k}").parent.mkdir()
+        sweeps.checkpoint(sweep.folder / f"k={cfg.k}").touch()
+        raise MotionRAGError("stopped")
+
+    assert sweep("k=1,2", run=stop) == 2
+    assert sweep("k=1,2") == 0
+    assert [config["ckpt_path"] for config in sweep.seen] == [None, None, "last", "last"]
+
+
+def test_names():
+    assert sweeps.name_of({"backbone": "svd", "lr": "1e-3"}) == "backbone=svd_lr=1e-3"
+    slash, dash = sweeps.name_of({"p": "a/b"}), sweeps.name_of({"p": "a-b"})
+    assert "/" not in slash and slash != dash == "p=a-b"
+    assert len(sweeps.name_of({"p": "x" * 300})) < 130
+
+
+# ---------------------------------------------------------------- states
+
+
+@pytest.fixture
+def started(sweep):
+    """A sweep with one finished point, whose `state.json` the test overwrites; returns its state as seen now."""
+    assert sweep("k=1") == 0
+
+    def state(**info) -> str:
+        (folder,) = (path for path in sweep.folder.iterdir() if path.is_dir())
+        info = {"state": "running", "host": socket.gethostname(), "pid": os.getpid(), "job": None, **info}
+        (folder / "state.json").write_text(json.dumps(info))
+        return sweeps.write_table(sweep.folder)[0]["state"]
+
+    return state
+
+
+def test_states_of_processes(started):
+    assert started() == "running"
+    assert started(pid=2**22 + 1) == "stopped"  # above every process id
+    assert started(host="elsewhere", pid=2**22 + 1) == "running"
+
+
+def test_states_of_slurm_jobs(started, tmp_path, monkeypatch):
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text("#!/bin/sh\necho '7_0|RUNNING|x'\necho '7_1|PENDING|x'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(squeue.parent), prepend=os.pathsep)
+    assert [started(job=f"7_{i}", pid=1) for i in range(3)] == ["running", "queued", "stopped"]
+
+
+def test_status_names_what_is_wrong(sweep, tmp_path, motionrag):
+    assert sweep("k=1,2") == 0
+    done = motionrag("sweep", "status", "S", "metric=score")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[:4] for line in done.stdout.splitlines()[1:3]] == [
+        ["k=1", "finished", "-", "0.5"],
+        ["k=2", "finished", "-", "1"],
+    ]
+    for words, expected in (
+        (["status", "nothing"], "is no sweep"),
+        (["show", "S"], "motionrag sweep retry DIR"),
+    ):
+        done = motionrag("sweep", *words)
+        assert done.returncode == 2 and expected in done.stderr
+
+
+# ---------------------------------------------------------------- words
+
+
+def test_short_names():
+    assert cli.overrides_from_words(
+        "train", ["launcher=slurm", "launcher.partition=gpu", "retrieval.k=1,3"]
+    ) == [
+        "hydra/launcher=slurm",
+        "hydra.launcher.partition=gpu",
+        "k=1,3",
+        "-m",
+    ]
+    assert "-m" not in cli.overrides_from_words("train", ["launcher=slurm", "--cfg", "job"])
+
+
+# ---------------------------------------------------------------- processes
+
+
+@pytest.mark.parametrize(
+    ("trainer", "gpus", "expected"),
+    [
+        ({"accelerator": "cpu", "devices": 2, "strategy": "ddp"}, 0, 2),
+        ({"accelerator": "cpu", "devices": "2"}, 0, 2),
+        ({"accelerator": "cpu", "devices": 2, "strategy": "ddp_fork"}, 0, 1),
+        ({"accelerator": "cpu", "devices": "auto"}, 0, 1),
+        ({"accelerator": "gpu", "devices": "auto"}, 4, 4),
+        ({"accelerator": "gpu", "devices": -1}, 4, 4),
+        ({"accelerator": "gpu", "devices": [0, 2]}, 4, 2),
+        ({"accelerator": "auto", "devices": "auto"}, 0, 1),
+        ({"accelerator": "gpu", "devices": "two"}, 4, 1),
+        ({"accelerator": "gpu", "devices": 8}, 4, "8 GPUs wanted, 4 there"),
+        ({"accelerator": "gpu", "devices": 4, "num_nodes": 2}, 4, "needs launcher=slurm, or torchrun"),
+    ],
+)
+def test_how_many_processes(trainer, gpus, expected, monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    if isinstance(expected, str):
+        with pytest.raises(MotionRAGError, match=expected):
+            launch.processes(OmegaConf.create(trainer))
+    else:
+        assert launch.processes(OmegaConf.create(trainer)) == expected
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")  # torchrun has started them already
+        assert launch.processes(OmegaConf.create(trainer)) == 1
+
+
+def test_the_rank_that_failed_first_is_named():
+    def failure(message, exitcode=1, timestamp=5):
+        if exitcode > 0:
+            message = {"message": message, "extraInfo": {"py_callstack": "..."}}
+        return SimpleNamespace(message=message, exitcode=exitcode, timestamp=timestamp)
+
+    lost = failure("RuntimeError: [gloo] Connection closed by peer", timestamp=4)
+    killed = failure("Signal 9 (SIGKILL) received by PID 1", exitcode=-signal.SIGKILL)
+    ended = failure("Signal 15 (SIGTERM) received by PID 1", exitcode=-signal.SIGTERM, timestamp=3)
+    assert "process 1 of 3 was ended from outside (Signal 9" in launch._reason(
+        {0: lost, 1: killed, 2: ended}, 3
+    )
+    assert launch._reason({0: lost, 1: failure("MotionRAGError: no clips")}, 2) == "no clips"
+
+
+KILLER = """
+import os, signal
+import lightning as L
+
+class Killer(L.Callback):
+    def __init__(self, seed):
+        self.seed = seed
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, idx):
+        if self.seed == 2 and trainer.global_rank == 1 and trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_two_processes_in_a_sweep_and_a_dead_one(motionrag, root, tmp_path):
+    (tmp_path / "killer.py").write_text(KILLER)
+    done = motionrag(
+        *"train experiment=smoke trainer=ddp_cpu trainer.devices=2 seed=1,2 -m hydra.sweep.dir=S".split(),
+        "+callbacks.killer={_target_: killer.Killer, seed: ${seed}}",
+        PYTHONPATH=os.pathsep.join([str(root / "src"), str(tmp_path)]),
+        OMP_NUM_THREADS="1",
+    )
+    assert done.returncode == 2
+    line = done.stderr.strip().splitlines()[-1]
+    assert "1 of 2 points failed, the first seed=2: process 1 of 2 was ended from outside (Signal 9" in line
+    assert folders(tmp_path / "S") == ["seed=1", "seed=2"]
+    for name in ("seed=1", "seed=2"):
+        run = tmp_path / "S" / name
+        assert len(list(run.glob("*.log"))) == 1
+        assert len(list(run.glob("wandb/offline-run-*"))) == 1
+        assert len(list(run.glob("csv/version_*"))) == 1
+    rows = table(tmp_path / "S")
+    assert (rows["seed=1"]["state"], rows["seed=1"]["step"]) == ("finished", 4)
+    assert (rows["seed=2"]["state"], rows["seed=2"]["step"]) == ("failed", 2)
+    assert {"train/loss", "val/loss"} <= rows["seed=1"]["metrics"].keys()
