@@ -90,6 +90,11 @@ class SentenceText(nn.Module):
         return states * mask[..., None]
 
 
+def adapter_sites(transformer: CogVideoXTransformer3DModel) -> dict[str, nn.Module]:
+    """The joint attention of every block, by name."""
+    return {f"transformer_blocks.{i}.attn1": b.attn1 for i, b in enumerate(transformer.transformer_blocks)}
+
+
 class CogVideoX:
     """The frozen CogVideoX image-to-video model behind the `Backbone` protocol.
 
@@ -254,9 +259,7 @@ class CogVideoX:
 
     def adapter_sites(self) -> Mapping[str, nn.Module]:
         """The joint attention of every block."""
-        return {
-            f"transformer_blocks.{i}.attn1": b.attn1 for i, b in enumerate(self.denoiser.transformer_blocks)
-        }
+        return adapter_sites(self.denoiser)
 
     # --- training --------------------------------------------------------------------------------------------------
 

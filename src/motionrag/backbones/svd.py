@@ -50,6 +50,15 @@ TINY_UNET = dict(
 )  # fmt: skip
 
 
+def adapter_sites(unet: UNetSpatioTemporalConditionModel) -> dict[str, nn.Module]:
+    """The spatial cross-attention of every block, by name; the temporal ones stay as they are."""
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if name.endswith(".attn2") and ".transformer_blocks." in name
+    }
+
+
 class SVD:
     """The frozen Stable Video Diffusion model behind the `Backbone` protocol.
 
@@ -206,12 +215,8 @@ class SVD:
         return context, image_latents
 
     def adapter_sites(self) -> Mapping[str, nn.Module]:
-        """The spatial cross-attention of every block; the temporal ones stay as they are."""
-        return {
-            name: module
-            for name, module in self.denoiser.named_modules()
-            if name.endswith(".attn2") and ".transformer_blocks." in name
-        }
+        """The spatial cross-attention of every block."""
+        return adapter_sites(self.denoiser)
 
     # --- training --------------------------------------------------------------------------------------------------
 
