@@ -100,9 +100,12 @@ def check(args):
     judge, failed = MotionEncoder("pkg:tiny/videomae", size=32), []
     for domain in ("known", "new"):
         truth, clips = fixed_clips(args.clips, 9004, {domain: 1.0}, held_out=True)
-        text, null = backbone.encode_text([c.caption for c in clips]), backbone.encode_text([""])
+        contexts = (
+            backbone.encode_context([c.caption for c in clips], truth[:, 0]),
+            backbone.null_context(truth[:, 0]),
+        )
         video = backbone.sample(
-            truth[:, 0], text, null, steps=25, guidance=args.guidance, seeds=range(len(clips))
+            truth[:, 0], *contexts, steps=25, guidance=args.guidance, seeds=range(len(clips))
         )
         area = coloured_area(video, clips)
         kept = float(((area[:, -1] / area[:, 0]).log2().abs() < 1).float().mean())
@@ -130,7 +133,9 @@ if __name__ == "__main__":
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
-    parser.add_argument("--go-on", action="store_true", help="new run that starts from the last one's weights")
+    parser.add_argument(
+        "--go-on", action="store_true", help="new run that starts from the last one's weights"
+    )
     parser.add_argument("--log", default="backbone_1")
     args = parser.parse_args()
     start(args.seed)
