@@ -59,7 +59,14 @@ class MotionRAG:
         sites = backbone.adapter_sites()
         self.adapter = motion_adapter(sites, token_width=resampler.output_dim).eval().requires_grad_(False)
         self.resampler = resampler.eval().requires_grad_(False)
-        load_weights(adapter_weights, resampler=self.resampler, motion_adapter=self.adapter)
+        manifest = load_weights(adapter_weights, resampler=self.resampler, motion_adapter=self.adapter)
+        trained_with = manifest.get("about", {}).get("adapter_query")
+        query = sorted(set(self.adapter.query.values()))
+        if trained_with not in (None, query):  # no shape tells them apart
+            raise MotionRAGError(
+                f"{adapter_weights} was trained with adapter_query={'/'.join(trained_with)}, this adapter asks with "
+                f"{'/'.join(query)}: set backbone.adapter_query={trained_with[0]}"
+            )
         self.cama = cama
         if cama is not None:
             self.cama = cama.eval().requires_grad_(False)

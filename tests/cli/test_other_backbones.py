@@ -53,7 +53,7 @@ def first_step(backbone, world, *words):
 
 
 @pytest.mark.parametrize("backbone", ["svd_tiny", "dynamicrafter_tiny"])
-def test_train_generate_evaluate(backbone, world, run, tmp_path):
+def test_train_generate_evaluate(backbone, world, run, tmp_path, capfd):
     said = f"backbone {backbone} has random weights"
     out = run("train", *first_step(backbone, world, "motion_adapter.init=reference"))
     assert said in out and "1 steps, train/loss" in out
@@ -62,6 +62,9 @@ def test_train_generate_evaluate(backbone, world, run, tmp_path):
 
     model = [f"backbone={backbone}", f"weights.adapter={weights}", "steps=2", f"db={world}/made/db", "k=2"]
     picture = [f"image={world}/first.png", "prompt=a circle moves"]
+    other = {"svd_tiny": "output"}.get(backbone, "hidden")  # than it was trained with
+    assert cli.main(["generate", *model, *picture, f"motion_adapter.query={other}", "hydra.run.dir=no"]) == 2
+    assert f"adapter asks with {other}: set backbone.adapter_query=" in capfd.readouterr().err
     assert said in run("generate", *model, *picture)
     video = read_clip(tmp_path / "runs/generate/video.mp4")
     assert video.frames.shape == (9, 32, 32, 3)
