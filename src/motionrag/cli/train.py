@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         instantiate(cfg.make)
     if (processes := launch.processes(cfg.trainer)) > 1:
         return launch.start(processes, cfg)
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    L.seed_everything(cfg.seeds.init, workers=True, verbose=False)
     module = instantiate(cfg.module)
     clips = instantiate(cfg.clips, **module.clip_options())
     about = _about(cfg, module, clips.db)
@@ -112,6 +112,7 @@ def _about(cfg: DictConfig, module: L.LightningModule, db: RetrievalDatabase | N
     from motionrag.errors import MotionRAGError
 
     about: dict[str, Any] = {"stage": cfg.stage_name, "experiment": cfg.name, "seed": cfg.seed}
+    about["seeds"] = dict(cfg.seeds)
     about["sizes"] = {
         part: OmegaConf.to_container(cfg[part], resolve=True)
         for part in ("resampler", "cama")
@@ -128,7 +129,8 @@ def _about(cfg: DictConfig, module: L.LightningModule, db: RetrievalDatabase | N
     stage1 = read_weights(cfg.resampler_weights)[1] if cfg.resampler_weights else {}
     about["resampler_weights"] = stage1.get("sha256")
     trained_with = stage1.get("about", {}).get("encoders", {}).get("motion")
-    if trained_with and trained_with["weights"] != about["encoders"]["motion"]["weights"]:
+    weights = (trained_with or {}).get("weights")  # imported releases name theirs without a checksum
+    if weights and weights != about["encoders"]["motion"]["weights"]:
         raise MotionRAGError(
             f"{cfg.resampler_weights} was trained on motion features of {trained_with['name']}, the database "
             f"{db.path} holds those of {about['encoders']['motion']['name']}: choose the database of that training"

@@ -46,7 +46,8 @@ class AdapterModule(L.LightningModule):
             encoders then stay on the CPU too and visit the device for new clips only.
         fixed_image_noise: every condition image keeps one draw of its noise (the reference draws anew each time), so
             that `cache` keeps its latents too.
-        seed: of noise and dropout.
+        seed: of noise and time steps.
+        dropout_seed: of the dropout of captions and reference clips; None: `seed`.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class AdapterModule(L.LightningModule):
         cache: bool = False,
         fixed_image_noise: bool = False,
         seed: int = 0,
+        dropout_seed: int | None = None,
     ) -> None:
         super().__init__()
         # A tuple, because attributes that are modules would be registered.
@@ -77,6 +79,7 @@ class AdapterModule(L.LightningModule):
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self.reference_dropout = reference_dropout
         self.seed, self.fixed_image_noise = seed, fixed_image_noise
+        self.dropout_seed = seed if dropout_seed is None else dropout_seed
         self._kept: dict[str, dict[tuple, Any]] | None = (
             {"latents": {}, "context": {}, "images": {}} if cache else None
         )
@@ -137,7 +140,7 @@ class AdapterModule(L.LightningModule):
 
     def training_step(self, batch: MotionBatch, batch_idx: int) -> Tensor:
         features = self.motion_features(batch)
-        dropout = [torch.Generator().manual_seed(step_seed(self.seed, "dropout", p)) for p in batch.position]
+        dropout = [torch.Generator().manual_seed(step_seed(self.dropout_seed, "dropout", p)) for p in batch.position]
         conditions = self._conditions(batch, "noise", dropout)
         # null tokens, not a skipped branch: DDP needs every gradient
         drop = torch.cat([torch.rand(1, generator=g, dtype=torch.float32) for g in dropout])
