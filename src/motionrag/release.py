@@ -38,6 +38,11 @@ CAMA_FILE, FINETUNE = "motion_transformer.ckpt", "17_frames.ckpt"
 SOURCES = {"adapter": (ADAPTER, RESAMPLER), "cama": (CAMA_FILE,), "backbone": (FINETUNE,)}
 # Parts of keys that a file may do without, all of them at once.
 OPTIONAL = ("action_proj_model.", ".to_q_a.", "sos_token")
+# What all of them were trained with; conf/encoders/full.yaml.
+ENCODERS = {
+    "motion": {"name": "MCG-NJU/videomae-base-finetuned-ssv2", "size": 224},
+    "appearance": {"name": "facebook/dinov2-large", "size": 224},
+}
 FLAT = {RESAMPLER}  # every other file keeps its tensors under `state_dict`
 
 
@@ -366,9 +371,12 @@ def _about(name: str, report: Mapping[str, Any], sizes: Mapping[str, Any]) -> di
     """What the manifest of one of our files says about where it comes from."""
     plain = OmegaConf.to_container(OmegaConf.create(dict(sizes)), resolve=True)
     parts = _PARTS.get(name, ())
+    query = find_release(report["release"]).settings.get("backbone", {}).get("adapter_query", "output")
     return {
         "stage": name,
         "backbone": report["release"],
+        **({"adapter_query": [query]} if name == "adapter" else {}),
+        "encoders": ENCODERS if name != "backbone" else {},
         "sizes": {part: plain[part] for part in plain if part in parts},
         "release": {
             "name": report["release"],

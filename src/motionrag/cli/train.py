@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -113,6 +115,7 @@ def _about(cfg: DictConfig, module: L.LightningModule, db: RetrievalDatabase | N
 
     about: dict[str, Any] = {"stage": cfg.stage_name, "experiment": cfg.name, "seed": cfg.seed}
     about["seeds"] = dict(cfg.seeds)
+    about |= _origin(cfg, db)
     about["sizes"] = {
         part: OmegaConf.to_container(cfg[part], resolve=True)
         for part in ("resampler", "cama")
@@ -143,6 +146,22 @@ def _about(cfg: DictConfig, module: L.LightningModule, db: RetrievalDatabase | N
                 "choose resampler=/cama= of the right size, or another database"
             )
     return about
+
+
+def _origin(cfg: DictConfig, db: RetrievalDatabase | None) -> dict[str, Any]:
+    """Checksums of settings (of equal ones equal, wherever they ran) and database, and the code's commit."""
+    from motionrag.io import read_json, sha256
+    from motionrag.retrieval.database import MANIFEST
+
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    settings.pop("ckpt_path", None)
+    text = json.dumps(settings, sort_keys=True, default=str).replace(str(cfg.run_dir), "RUN")
+    record = Path(cfg.run_dir) / "provenance.json"
+    return {
+        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "git": read_json(record)["git"] if record.is_file() else None,
+        "database_sha256": sha256(db.path / MANIFEST) if db is not None else None,
+    }
 
 
 def wandb_logger(save_dir: str, resume: str | bool | None = None, **options: Any) -> WandbLogger:
