@@ -1,13 +1,15 @@
 """SVD beyond the contract: diffusers' own pipeline, reading folders, what guidance and the query do."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
-from diffusers import StableVideoDiffusionPipeline
+from diffusers import StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from motionrag.backbones.svd import SVD
+from motionrag.backbones.svd import SVD, adapter_sites
 from motionrag.errors import MotionRAGError
 from motionrag.generate import to_float
 from motionrag.modules.motion_adapter import MotionAdapter
@@ -130,6 +132,14 @@ def test_the_autoencoder_may_work_in_chunks_of_frames(tiny, pictures):
     # a frame is decoded with the others of its chunk
     parts = [tiny.decode(part) for part in latents.split(4, dim=1)]
     torch.testing.assert_close(chunked.decode(latents), torch.cat(parts, dim=1))
+
+
+def test_the_full_size_model_has_sixteen_sites():
+    with torch.device("meta"):
+        sites = adapter_sites(UNetSpatioTemporalConditionModel())
+    widths = Counter(site.to_out[0].in_features for site in sites.values())
+    assert widths == {320: 5, 640: 5, 1280: 6}
+    assert not any("temporal" in name for name in sites)
 
 
 def branch(backbone, query):

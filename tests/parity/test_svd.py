@@ -73,7 +73,8 @@ def test_svd_training_loss(case, monkeypatch):
         latents=latents,
         denoised=denoised,
         unet_input=unet.asked["sample"],
-        unet_timestep=unet.asked["timestep"],
+        # the reference squeezes it for a batch of one
+        unet_timestep=unet.asked["timestep"].reshape(case["out.unet_timestep"].shape),
         added_time_ids=unet.asked["added_time_ids"],
         loss=backbone.loss(latents, image_latents, context, None, level),
     )
