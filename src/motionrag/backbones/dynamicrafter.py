@@ -147,10 +147,11 @@ class DynamiCrafter:
         image_encoder: images -> (B, N, D_in).
         image_resampler: these -> the image tokens of all frames (B, T*l, D).
         schedule: noise levels and dynamic rescale.
-        frames, height, width, fps: clips it is used with. In training `fps` is also the frame-rate condition.
+        frames, height, width, fps: clips it is used with.
         name: what results and checkpoints call it.
         prediction: what the UNet predicts, "v", or "noise" (256 x 256 model).
-        sampling_fs: the frame-rate condition in sampling; the reference's 15 is not the rate that it trains with.
+        training_fs, sampling_fs: the frame-rate condition; in training `fps` if None. The reference's 15 in sampling
+            is not the rate that it trains with.
         spacing, eta: of DDIM sampling; "uniform" is the reference's, see `Schedule.steps`.
         guidance_rescale: see `guide`; 0 is the reference's.
         image_guidance: guidance scale of the image, apart from the text's; None: one scale for both. Motion goes with
@@ -177,6 +178,7 @@ class DynamiCrafter:
         fps: float = 10.0,
         name: str = "dynamicrafter",
         prediction: Prediction = "v",
+        training_fs: int | None = None,
         sampling_fs: int = 15,
         spacing: Spacing = "trailing",
         eta: float = 1.0,
@@ -190,7 +192,8 @@ class DynamiCrafter:
         self.vae, self.denoiser, self.schedule = vae, unet, schedule
         self.text, self.image_encoder, self.image_resampler = text, image_encoder, image_resampler
         self.frames, self.height, self.width, self.fps, self.name = frames, height, width, fps, name
-        self.prediction, self.sampling_fs = prediction, sampling_fs
+        self.prediction = prediction
+        self.training_fs, self.sampling_fs = int(fps) if training_fs is None else training_fs, sampling_fs
         self.spacing, self.eta = spacing, eta
         self.guidance_rescale, self.image_guidance = guidance_rescale, image_guidance
         self.random_frame, self.condition_dropout = random_frame, condition_dropout
@@ -232,6 +235,14 @@ class DynamiCrafter:
         Raises MotionRAGError if something is missing, damaged or does not fit.
         """
         folder = local_folder(path)
+        if text is None:  # first, since it is quick to fail
+            source = folder / "tokenizer" if (folder / "tokenizer").is_dir() else tokenizer
+            try:
+                words = CLIPTokenizer.from_pretrained(source)
+            except (OSError, ValueError) as error:
+                raise MotionRAGError(
+                    f"backbone {path!r}: no CLIP tokenizer in {source}; set tokenizer= to a folder or hub id that has one"
+                ) from error
         if (folder / "model.ckpt").is_file():
             parts = read_checkpoint(folder / "model.ckpt", text is None, sizes or {}, frames, dtype)
         else:
@@ -239,14 +250,7 @@ class DynamiCrafter:
             kinds |= {"image_encoder": CLIPVisionModel, "image_resampler": ImageResampler}
             kinds |= {"vae": AutoencoderKL, "unet": DynamiCrafterUNet}
             parts = dict(zip(kinds, read_parts(str(folder), dtype, **kinds), strict=True))
-        if text is None:
-            tokenizer = str(folder / "tokenizer") if (folder / "tokenizer").is_dir() else tokenizer
-            try:
-                text = CLIPText(parts["text_encoder"], CLIPTokenizer.from_pretrained(tokenizer))
-            except (OSError, ValueError) as error:
-                raise MotionRAGError(
-                    f"backbone {path!r}: no CLIP tokenizer in {tokenizer}; set tokenizer= to a folder or hub id that has one"
-                ) from error
+        text = text or CLIPText(parts["text_encoder"], words)
         networks = (
             parts["vae"],
             parts["unet"],
@@ -355,14 +359,18 @@ class DynamiCrafter:
     def null_context(self, images: Tensor) -> Tensor:
         """Context of the empty prompt and an all-zero (grey) image (B, L + T*l, D), computed once."""
         if self._null is None:
-            self._null = self.encode_context([""], torch.zeros(1, 3, self.height, self.width))
+            self._null = self.encode_context(
+                [""], torch.zeros(1, 3, self.height, self.width, dtype=torch.float32)
+            )
         return self._null.to(self.device).expand(len(images), -1, -1)
 
     def drop_conditions(
         self, context: Tensor, image_latents: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """Text, image tokens or both of some samples become those of the null context; the image latents stay."""
-        no_text, no_image = dropped(torch.rand(len(context), generator=generator), self.condition_dropout)
+        no_text, no_image = dropped(
+            torch.rand(len(context), generator=generator, dtype=torch.float32), self.condition_dropout
+        )
         text = self.denoiser.config.text_tokens
         null = self.null_context(context)
         parts = [(slice(0, text), no_text), (slice(text, None), no_image)]
@@ -394,7 +402,7 @@ class DynamiCrafter:
         timesteps = torch.randint(0, len(self.schedule), (len(latents),), generator=generator)
         noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
         x0, abar = self.schedule.rescale(latents, timesteps), self.schedule.abar[timesteps]
-        fs = torch.full((len(latents),), int(self.fps))
+        fs = torch.full((len(latents),), self.training_fs)
         predicted = self.predict(add_noise(x0, noise, abar), image_latents, context, timesteps, fs)
         return v_loss(predicted, x0, noise, abar) if self.prediction == "v" else F.mse_loss(predicted, noise)
 

@@ -37,7 +37,8 @@ def blur_and_resize(images: Tensor, side: int) -> Tensor:
     for dim in (2, 3):
         sigma = max((images.shape[dim] / side - 1) / 2, 0.001)
         taps = int(max(4 * sigma, 3)) | 1
-        kernel = torch.softmax(-((torch.arange(taps) - taps // 2) ** 2) / (2 * sigma**2), 0).to(images)
+        places = torch.arange(taps, dtype=torch.float64) - taps // 2
+        kernel = torch.softmax(-(places**2) / (2 * sigma**2), 0).to(images)
         kernel = kernel.reshape(-1, 1) if dim == 2 else kernel
         padding = (0, 0, taps // 2, taps // 2) if dim == 2 else (taps // 2, taps // 2, 0, 0)
         images = F.pad(images, padding, mode="reflect")
