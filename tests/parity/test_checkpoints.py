@@ -4,12 +4,18 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import CogVideoXTransformer3DModel, UNetSpatioTemporalConditionModel
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
+from motionrag.backbones.cogvideox import CogVideoX
+from motionrag.backbones.dynamicrafter import DynamiCrafter
+from motionrag.backbones.dynamicrafter_unet import DynamiCrafterUNet
+from motionrag.backbones.svd import SVD
 from motionrag.checkpoint import read_weights
 from motionrag.cli import conf_dir
 from motionrag.modules.motion_adapter import MotionAdapter
@@ -24,12 +30,23 @@ QUERIES = "to_q_a_keys_not_saved_by_the_published_config"
 
 
 @pytest.fixture(scope="module")
-def published():
-    """Release -> file -> {"keys": {key: shape}, ...} as listed beside the parity cases."""
+def listed():
     path = FOLDER / "checkpoint_keys.json"
     if not path.exists():
         pytest.skip(f"no {path.name} at {FOLDER}: set MOTIONRAG_PARITY_DIR")
-    files = json.loads(path.read_text())["files"]
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def configs(listed):
+    """Class of the backbone's network -> its sizes."""
+    return listed["base_configs"]
+
+
+@pytest.fixture(scope="module")
+def published(listed):
+    """Release -> file -> {"keys": {key: shape}, ...} as listed beside the parity cases."""
+    files = listed["files"]
     return {
         name: {key.split("/")[-1]: entry for key, entry in files.items() if key.split("/")[1] == folder}
         for name, folder in NAMES.items()
@@ -51,6 +68,24 @@ def test_every_key_and_shape(published, sizes, name):
     for file, entry in published[name].items():
         may_be_absent = entry.get(QUERIES, {}) | (NEVER_SAVED if file == "motion_transformer.ckpt" else {})
         assert {key: list(shapes[ours]) for key, ours in maps[file].items()} == entry["keys"] | may_be_absent
+
+
+def test_sites_are_those_of_our_backbones(published, configs):
+    """The full-size networks, without weights: the same site names and widths, so imported adapters fit."""
+    networks = {
+        "cogvideox": (CogVideoX, CogVideoXTransformer3DModel, configs["CogVideoXTransformer3DModel"]),
+        "svd": (SVD, UNetSpatioTemporalConditionModel, configs["UNetSpatioTemporalConditionModel"]),
+        "dynamicrafter": (DynamiCrafter, DynamiCrafterUNet, {}),
+    }
+    for name, (backbone, network, config) in networks.items():
+        with torch.device("meta"):
+            built = SimpleNamespace(denoiser=network(**config))
+        sites = backbone.adapter_sites(built)
+        assert {site: module.to_out[0].in_features for site, module in sites.items()} == RELEASES[name].sites
+        finetune = published[name].get("17_frames.ckpt", {"keys": {}})["keys"]
+        parameters = dict(built.denoiser.named_parameters())
+        for key, shape in finetune.items():
+            assert list(parameters[key.removeprefix("transformer.")].shape) == shape
 
 
 def test_nothing_of_ours_is_left_over(sizes):
