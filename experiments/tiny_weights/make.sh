@@ -8,7 +8,7 @@ python ship.py networks vae
 python cache.py text
 python cache.py latents
 python train_backbone.py
-python train_backbone.py --go-on --steps 6000 --lr 1.2e-3 --seed 1 --log backbone_2
+python train_backbone.py --go-on --steps 4500 --lr 1.2e-3 --seed 1 --log backbone_2
 python train_encoders.py motion
 python train_encoders.py appearance
 python ship.py networks transformer videomae dinov2
