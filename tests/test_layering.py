@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "report": set(),
     "sweeps": set(),
     "generate": {"modules", "encoders", "backbones", "retrieval", "checkpoint", "data.video", "data.batch"},
+    "plugin": {"modules", "encoders", "backbones", "retrieval", "checkpoint", "data.video", "generate"},
 }
 FREE = {"cli"}  # the command line puts everything together
 THIRD_PARTY = {"modules": {"torch", "einops"}, "metrics": {"torch", "torchmetrics"}}
