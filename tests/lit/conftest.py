@@ -155,7 +155,7 @@ def fit(tmp_path):
         )
         data = MotionDataModule(clips or MemoryClips(), batch_size, val_share=0.3)
         try:
-            trainer.fit(module, data, ckpt_path=ckpt_path)
+            trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
         except SystemExit:  # how Lightning passes on an interruption
             assert losses.stop
         return losses.values, trainer

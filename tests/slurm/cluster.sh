@@ -15,7 +15,9 @@ stop() {
 }
 
 if [ "$action" = down ]; then
-    SLURM_CONF=$dir/slurm.conf timeout 10 scancel --user="$(id -un)" || true
+    export SLURM_CONF=$dir/slurm.conf
+    timeout 10 scancel --user="$(id -un)" || true
+    for _ in $(seq 100); do [ -z "$(timeout 10 squeue --noheader)" ] && break; sleep 0.2; done
     stop
     exit
 fi
@@ -46,6 +48,7 @@ AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SwitchType=switch/none
+KillWait=5
 ReturnToService=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE

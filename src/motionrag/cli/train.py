@@ -82,7 +82,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     failed = 1
     try:
-        trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
+        trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
         failed = 0
     finally:
         if "wandb" in cfg.logger:  # or the next run of a sweep would be logged into this one

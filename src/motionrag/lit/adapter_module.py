@@ -140,7 +140,9 @@ class AdapterModule(L.LightningModule):
 
     def training_step(self, batch: MotionBatch, batch_idx: int) -> Tensor:
         features = self.motion_features(batch)
-        dropout = [torch.Generator().manual_seed(step_seed(self.dropout_seed, "dropout", p)) for p in batch.position]
+        dropout = [
+            torch.Generator().manual_seed(step_seed(self.dropout_seed, "dropout", p)) for p in batch.position
+        ]
         conditions = self._conditions(batch, "noise", dropout)
         # null tokens, not a skipped branch: DDP needs every gradient
         drop = torch.cat([torch.rand(1, generator=g, dtype=torch.float32) for g in dropout])

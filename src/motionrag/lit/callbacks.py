@@ -51,10 +51,15 @@ class SkippedClips(L.Callback):
 
 
 class SaveWeights(L.Callback):
-    """Writes the trained weights when training ends; `about` goes into their manifest with steps and metrics."""
+    """Writes the trained weights when training ends; `about` goes into their manifest, and into every checkpoint."""
 
     def __init__(self, path: str | Path, about: dict[str, Any]) -> None:
         self.path, self.about = Path(path), about
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["about"] = self.about
 
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -82,7 +87,7 @@ class Preemption(L.Callback):
         self._asked = 0  # 1: save, 2: save and requeue
         self._step = 0
 
-    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         # After Lightning's own handlers, which may save in the middle of a step; it puts the old ones back at the end.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):

@@ -1,0 +1,65 @@
+"""Equal seeds give equal bits; two processes of batch n learn what one of 2n learns, also when a run moves over."""
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from motionrag.checkpoint import read_weights
+from motionrag.cli import conf_dir, train
+
+
+def config(*overrides):
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        return compose("train", overrides=["logger=csv", "callbacks.progress.refresh_rate=0", *overrides])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Overrides that name shards and database of a few clips."""
+    out = tmp_path_factory.mktemp("world") / "data"
+    cfg = config("stage=adapter", "run_dir=.", "shards=.", "db=.")
+    train.make_motionworld(str(out), 16, 0, {"known": 1.0}, cfg.encoders)
+    return {"smoke": [f"shards={out}/shards", f"db={out}/db"], "smoke_cama": [f"db={out}/db"]}
+
+
+def run(world, experiment, run_dir, *overrides):
+    """Train; returns the weights."""
+    cfg = config(
+        f"experiment={experiment}", "make=null", f"run_dir={run_dir}", *world[experiment], *overrides
+    )
+    return read_weights(train.run(cfg)["weights"])
+
+
+@pytest.mark.parametrize("experiment", ["smoke", "smoke_cama"])
+def test_equal_seeds_equal_bits(experiment, world, tmp_path):
+    (a, about), (b, same) = (run(world, experiment, tmp_path / name, "trainer.max_steps=2") for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    losses = [{k: v for k, v in m["about"]["metrics"].items() if "loss" in k} for m in (about, same)]
+    assert losses[0] and losses[0] == losses[1]
+    assert about["about"]["config_sha256"] == same["about"]["config_sha256"]
+    assert about["about"]["seeds"] == {"init": 0, "data": 0, "noise": 0, "dropout": 0}
+
+
+def test_each_seed_moves_its_own_part():
+    def seeds(*overrides):
+        cfg = config("stage=adapter", "run_dir=.", "shards=.", "db=.", *overrides)
+        return cfg.seeds.init, cfg.data.seed, cfg.module.seed, cfg.module.dropout_seed
+
+    assert seeds("seed=5") == (5, 5, 5, 5)
+    names = ("init", "data", "noise", "dropout")
+    assert [seeds(f"seeds.{name}=5") for name in names] == [
+        tuple(5 * (i == j) for j in range(4)) for i in range(4)
+    ]
+
+
+def test_one_process_and_two(world, tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_NTASKS", raising=False)
+    whole, _ = run(world, "smoke_cama", tmp_path / "whole", "data.batch_size=4")
+    run(world, "smoke_cama", tmp_path / "parts", "data.batch_size=4", "trainer.max_steps=2")
+    moved = ["trainer=ddp_cpu", "data.batch_size=2", "ckpt_path=last"]
+    parts, about = run(world, "smoke_cama", tmp_path / "parts", *moved)
+    assert about["about"]["steps"] == 4
+    for key, value in whole.items():
+        torch.testing.assert_close(
+            parts[key], value, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}"
+        )

@@ -1,0 +1,139 @@
+"""Real Slurm on one machine: a sweep as a job array, a failing job, two tasks in one run, preemption.
+
+Needs root and Debian's slurm-wlm and munge; where they are missing the tests are skipped and say so.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+MISSING = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(name) is None]
+REASON = "SLURM IS NOT TESTED HERE: "
+if os.geteuid() != 0:
+    REASON += "starting a cluster needs root"
+elif MISSING:
+    REASON += f"{', '.join(MISSING)} missing (apt-get install slurm-wlm munge)"
+pytestmark = pytest.mark.skipif(REASON[-2:] != ": ", reason=REASON)
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Environment with a running Slurm."""
+    folder = tmp_path_factory.mktemp("slurm")
+    script = Path(__file__).parent / "cluster.sh"
+    subprocess.run([script, "up", folder], check=True)
+    try:
+        yield {"SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
+    finally:
+        subprocess.run([script, "down", folder], check=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> list[str]:
+    """Overrides that name a few synthetic clips."""
+    from hydra import compose, initialize_config_dir
+
+    from motionrag.cli import conf_dir, train
+
+    out = tmp_path_factory.mktemp("world") / "data"
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        cfg = compose("train", overrides=["stage=adapter", "run_dir=.", "shards=.", "db=."])
+    train.make_motionworld(str(out), 16, 0, {"known": 1.0}, cfg.encoders)
+    return [*"experiment=smoke logger=csv make=null".split(), f"shards={out}/shards", f"db={out}/db"]
+
+
+def rows(folder: Path) -> dict[str, dict]:
+    return {row["name"]: row for row in json.loads((folder / "sweep.json").read_text())["points"]}
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    """Every logged training loss, of all starts of a run, in order."""
+    found = []
+    for path in sorted(run.glob("csv/version_*/metrics.csv")):
+        for row in csv.DictReader(path.open()):
+            if row.get("train/loss"):
+                found.append((int(row["step"]), float(row["train/loss"])))
+    return found
+
+
+def test_a_job_array_in_which_one_job_fails(cluster, data, motionrag, tmp_path):
+    words = ["train", *data, "ckpt_path=null,none.ckpt", "launcher=slurm", "-m", "hydra.sweep.dir=S"]
+    done = motionrag(*words, **cluster)
+    assert done.returncode == 2, done.stderr
+    assert "1 of 2 points failed, the first ckpt_path=none.ckpt: ckpt_path=none.ckpt: no such" in done.stderr
+    states = {name: row["state"] for name, row in rows(tmp_path / "S").items()}
+    assert states == {"ckpt_path=null": "finished", "ckpt_path=none.ckpt": "failed"}
+    (array,) = {path.name.split("_")[0] for path in (tmp_path / "S/.submitit").iterdir()}
+    shown = subprocess.run(
+        ["scontrol", "--oneliner", "show", "job", array],
+        env={**os.environ, **cluster},
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert sorted(word for word in shown.split() if word.startswith("JobState=")) == [
+        "JobState=COMPLETED",
+        "JobState=FAILED",
+    ]
+
+    before = (tmp_path / "S/ckpt_path=null/results.json").stat().st_mtime_ns
+    (tmp_path / "none.ckpt").write_bytes(b"no checkpoint")  # another mistake: the point did run again
+    done = motionrag("sweep", "retry", "S", **cluster)
+    assert done.returncode == 0, done.stderr
+    assert "no such checkpoint" not in rows(tmp_path / "S")["ckpt_path=none.ckpt"]["error"]
+    assert (tmp_path / "S/ckpt_path=null/results.json").stat().st_mtime_ns == before
+
+
+def test_a_preempted_run_of_two_tasks_continues(cluster, data, motionrag, tmp_path):
+    words = ["train", *data, "trainer=ddp_cpu", f"trainer.max_steps={STEPS}", "data.batch_size=2"]
+    words += [f"trainer.val_check_interval={STEPS}", f"callbacks.last.every_n_train_steps={STEPS}"]
+    whole = motionrag(*words, "hydra.run.dir=whole", **cluster)
+    assert whole.returncode == 0, whole.stderr
+    expected = losses(tmp_path / "whole")
+    assert [step for step, _ in expected] == list(range(STEPS))
+
+    environment = {**os.environ, **cluster, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "motionrag.cli", *words, "launcher=slurm"]
+    sweep = subprocess.Popen(
+        [*command, "hydra.sweep.dir=S"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    (run,) = [tmp_path / "S" / "point"]
+    try:
+        wait(lambda: len(losses(run)) >= 3, sweep)
+        hold = ["sbatch", "--partition=hi", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 1"]
+        subprocess.run(hold, env=environment, check=True, capture_output=True)
+        out, _ = sweep.communicate(timeout=400)
+    finally:
+        sweep.kill()
+    assert sweep.returncode == 0, out
+    found = losses(run)
+    versions = [
+        len(losses_of) for losses_of in (list(path.open()) for path in run.glob("csv/version_*/metrics.csv"))
+    ]
+    assert len(versions) == 2, "it was not started twice"
+    assert found == expected  # every step once, each loss to the last bit
+    state = json.loads((run / "state.json").read_text())
+    assert state["state"] == "finished"
+
+
+def wait(condition, process, seconds=300):
+    """Until `condition()` holds, while `process` runs."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.2)
