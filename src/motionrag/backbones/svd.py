@@ -16,13 +16,11 @@ from diffusers import (
     EulerDiscreteScheduler,
     UNetSpatioTemporalConditionModel,
 )
-from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import (
-    _resize_with_antialiasing,
-)
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils import logging
 
 from motionrag.backbones.base import MotionInput
 from motionrag.backbones.parts import read_parts
@@ -48,6 +46,17 @@ TINY_UNET = dict(
     up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), num_attention_heads=(2, 4),
     cross_attention_dim=32, addition_time_embed_dim=32, projection_class_embeddings_input_dim=96, num_frames=9,
 )  # fmt: skip
+
+
+def resize_for_clip(images: Tensor, size: int) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, size, size), blurred and distorted just as diffusers' pipeline does before CLIP."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its module warns of an image processor that is not used here
+    try:
+        from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as pipeline
+    finally:
+        logging.set_verbosity(verbosity)
+    return pipeline._resize_with_antialiasing(images, (size, size))
 
 
 def adapter_sites(unet: UNetSpatioTemporalConditionModel) -> dict[str, nn.Module]:
@@ -198,7 +207,7 @@ class SVD:
     def encode_context(self, prompts: Sequence[str], images: Tensor) -> Tensor:
         """CLIP embeddings (B, 1, D) of images (B, 3, H, W) in [-1, 1]; prompts have no part in them."""
         encoder = self.image_encoder
-        pixels = _resize_with_antialiasing(images.float(), (encoder.config.image_size,) * 2)
+        pixels = resize_for_clip(images.float(), encoder.config.image_size)
         mean, std = (pixels.new_tensor(v)[:, None, None] for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
         pixels = ((pixels + 1) / 2 - mean) / std
         embeds = encoder(pixels.to(encoder.device, encoder.dtype)).image_embeds
