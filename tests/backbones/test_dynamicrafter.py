@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from diffusers import AutoencoderKL
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import (
     _resize_with_antialiasing,
 )
@@ -21,11 +22,18 @@ from motionrag.backbones.dynamicrafter import (
     TINY_CLIP_IMAGE,
     TINY_IMAGE_RESAMPLER,
     TINY_VAE,
+    VAE,
     DynamiCrafter,
     drop,
     dropped,
 )
-from motionrag.backbones.dynamicrafter_encoders import CLIP_TEXT, CLIPImage, CLIPText, blur_and_resize
+from motionrag.backbones.dynamicrafter_encoders import (
+    CLIP_IMAGE,
+    CLIP_TEXT,
+    CLIPImage,
+    CLIPText,
+    blur_and_resize,
+)
 from motionrag.backbones.dynamicrafter_unet import TINY_UNET
 from motionrag.errors import MotionRAGError
 from motionrag.modules.ddim import Schedule
@@ -316,6 +324,22 @@ def test_missing_parts_are_one_line(backbone, tmp_path, missing):
         with pytest.raises(MotionRAGError, match="expected a folder or hub id with") as error:
             DynamiCrafter.load(str(path), words)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_full_sizes():
+    """Parameters of the published networks: Stable Diffusion's autoencoder, OpenCLIP ViT-H/14's two halves."""
+    with torch.device("meta"):
+        text = CLIPTextModel(CLIPTextConfig(**CLIP_TEXT))
+        parts = (
+            AutoencoderKL(**VAE),
+            CLIPVisionModel(CLIPVisionConfig(**CLIP_IMAGE)),
+            text,
+            text.encoder.layers[0],
+        )
+    vae, image, text, layer = (sum(p.numel() for p in part.parameters()) for part in parts)
+    assert vae == 83653863
+    assert image + 1280 * 1024 == 632076800  # with its projection
+    assert text + layer + 1024 * 1024 == 354032640  # with its last layer and projection
 
 
 def test_sizes_that_do_not_fit():
