@@ -215,6 +215,15 @@ def test_status_names_what_is_wrong(sweep, tmp_path, motionrag):
         assert done.returncode == 2 and expected in done.stderr
 
 
+def test_points_at_the_same_time(sweep, tmp_path, motionrag):
+    assert sweep("k=1") == 0
+    words = ["status", "S", "metric=score,k", "launcher=joblib", "launcher.n_jobs=2", "hydra.sweep.dir=T"]
+    done = motionrag("sweep", *words)
+    assert done.returncode == 0, done.stderr
+    assert folders(tmp_path / "T") == ["metric=k", "metric=score"]
+    assert {row["state"] for row in table(tmp_path / "T").values()} == {"finished"}
+
+
 # ---------------------------------------------------------------- words
 
 
@@ -250,7 +259,7 @@ def test_short_names():
     ],
 )
 def test_how_many_processes(trainer, gpus, expected, monkeypatch):
-    for name in ("TORCHELASTIC_RUN_ID", "SLURM_NTASKS"):
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     if isinstance(expected, str):

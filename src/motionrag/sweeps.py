@@ -92,8 +92,11 @@ def read_plan(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def point(folder: Path) -> Iterator[None]:
-    """Keep `state.json` of the run in `folder`, and the sweep's table, while the block runs it."""
+def point(folder: Path, first: bool = True) -> Iterator[None]:
+    """Keep `state.json` of the run in `folder`, and the sweep's table, while the block runs it.
+
+    Of several processes the first keeps them, and any that fails says so; the first failure stays.
+    """
     state = {
         "state": "running",
         "host": socket.gethostname(),
@@ -101,15 +104,20 @@ def point(folder: Path) -> Iterator[None]:
         "job": slurm_job(),
         "started": time.time(),
     }
-    write_json(folder / "state.json", state)
+    if first:
+        write_json(folder / "state.json", state)
     try:
         yield
     except Exception as error:
         # into the run's log; a traceback only for what the user cannot mend
         log.error("failed: %s", error, exc_info=None if isinstance(error, MotionRAGError) else error)
-        _ended(folder, state, "failed", f"{type(error).__name__}: {error}".removeprefix("MotionRAGError: "))
+        if (_read(folder / "state.json") or state)["state"] == "running":
+            _ended(
+                folder, state, "failed", f"{type(error).__name__}: {error}".removeprefix("MotionRAGError: ")
+            )
         raise
-    _ended(folder, state, "finished", None)
+    if first:
+        _ended(folder, state, "finished", None)
 
 
 def _ended(folder: Path, state: dict[str, Any], how: str, error: str | None) -> None:

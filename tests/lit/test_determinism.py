@@ -53,7 +53,7 @@ def test_each_seed_moves_its_own_part():
 
 
 def test_one_process_and_two(world, tmp_path, monkeypatch):
-    monkeypatch.delenv("SLURM_NTASKS", raising=False)
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
     whole, _ = run(world, "smoke_cama", tmp_path / "whole", "data.batch_size=4")
     run(world, "smoke_cama", tmp_path / "parts", "data.batch_size=4", "trainer.max_steps=2")
     moved = ["trainer=ddp_cpu", "data.batch_size=2", "ckpt_path=last"]

@@ -43,7 +43,10 @@ def rank() -> int:
 
 def is_rank() -> bool:
     """Whether this is one of several processes that somebody else started."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS") or 1) > 1
+    tasks = os.environ.get(
+        "SLURM_STEP_NUM_TASKS"
+    )  # of srun; the job's number says nothing about this process
+    return "TORCHELASTIC_RUN_ID" in os.environ or int(tasks or 1) > 1
 
 
 def join(multirun: bool) -> None:
@@ -161,7 +164,7 @@ def _train(cfg: dict[str, Any]) -> dict[str, Any]:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     try:
-        return train.run(OmegaConf.create(cfg))
+        return train.train(OmegaConf.create(cfg))
     except Exception as error:
         if line := user_message(error):
             raise MotionRAGError(line) from error

@@ -21,7 +21,24 @@ if TYPE_CHECKING:
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Train, write the trained weights and the last metrics; see ``conf/train.yaml`` for the keys."""
+    """Train, in one process or several; see ``conf/train.yaml`` for the keys."""
+    from hydra.utils import instantiate
+
+    from motionrag.cli import launch
+    from motionrag.errors import MotionRAGError
+
+    if cfg.ckpt_path not in (None, "last") and not Path(cfg.ckpt_path).is_file():
+        raise MotionRAGError(
+            f"ckpt_path={cfg.ckpt_path}: no such checkpoint; give a .ckpt file, or last with hydra.run.dir=RUN"
+        )
+    if cfg.make is not None:
+        instantiate(cfg.make)
+    processes = launch.processes(cfg.trainer)
+    return launch.start(processes, cfg) if processes > 1 else train(cfg)
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Train as this process's part, write the trained weights and the last metrics."""
     import logging
     import warnings
 
@@ -33,7 +50,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from motionrag.checkpoint import count_parameters, read_weights, save_weights, trainable_state
-    from motionrag.cli import launch
     from motionrag.errors import MotionRAGError
     from motionrag.lit.callbacks import SaveWeights
 
@@ -42,14 +58,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     warnings.filterwarnings("ignore", "The `srun` command is available")  # the launcher has chosen
     transformers.utils.logging.disable_progress_bar()
     run_dir = Path(cfg.run_dir)
-    if cfg.ckpt_path not in (None, "last") and not Path(cfg.ckpt_path).is_file():
-        raise MotionRAGError(
-            f"ckpt_path={cfg.ckpt_path}: no such checkpoint; give a .ckpt file, or last with hydra.run.dir=RUN"
-        )
-    if cfg.make is not None:
-        instantiate(cfg.make)
-    if (processes := launch.processes(cfg.trainer)) > 1:
-        return launch.start(processes, cfg)
     L.seed_everything(cfg.seeds.init, workers=True, verbose=False)
     module = instantiate(cfg.module)
     clips = instantiate(cfg.clips, **module.clip_options())
@@ -101,6 +109,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     )
     return {
         "summary": f"{about['steps']} steps, {losses} -> {weights}",
+        "objective": metrics.get("val/loss"),
         "weights": str(weights),
         "trainable_parameters": trainable,
         "clips": {"train": len(data.train_part), "val": len(data.val_part)},
