@@ -9,9 +9,6 @@ import pytest
 import torch
 import transformers
 from diffusers import AutoencoderKL
-from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import (
-    _resize_with_antialiasing,
-)
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
@@ -32,7 +29,6 @@ from motionrag.backbones.dynamicrafter_encoders import (
     CLIP_TEXT,
     CLIPImage,
     CLIPText,
-    blur_and_resize,
 )
 from motionrag.backbones.dynamicrafter_unet import TINY_UNET
 from motionrag.errors import MotionRAGError
@@ -75,14 +71,6 @@ def calls(backbone):
 
 
 # ---------------------------------------------------------------- encoders
-
-
-@pytest.mark.parametrize("size", [(32, 32), (72, 128), (100, 33), (224, 224)])
-def test_pictures_are_resized_as_in_the_svd_pipeline_of_diffusers(size):
-    x = noise(2, 3, *size)
-    torch.testing.assert_close(
-        blur_and_resize(x, 64), _resize_with_antialiasing(x, (64, 64)), atol=1e-5, rtol=0
-    )
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPVisionModel, PreTrainedTokenizerBase
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from motionrag.backbones.svd import resize_for_clip
 from motionrag.modules.resampler import Resampler
 
 CLIP_TEXT = dict(  # ViT-H/14 without the last of its 24 layers
@@ -26,26 +27,6 @@ CLIP_IMAGE = dict(
     hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, hidden_act="gelu",
     patch_size=14, image_size=224, projection_dim=1024,
 )  # fmt: skip
-
-
-def blur_and_resize(images: Tensor, side: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, side, side), as kornia's antialiased bicubic resize: a Gaussian blur, then corners kept.
-
-    diffusers has the same inside its SVD pipeline, whose import warns about image processors.
-    """
-    channels = images.shape[1]
-    for dim in (2, 3):
-        sigma = max((images.shape[dim] / side - 1) / 2, 0.001)
-        taps = int(max(4 * sigma, 3)) | 1
-        places = torch.arange(taps, dtype=torch.float64) - taps // 2
-        kernel = torch.softmax(-(places**2) / (2 * sigma**2), 0).to(images)
-        kernel = kernel.reshape(-1, 1) if dim == 2 else kernel
-        padding = (0, 0, taps // 2, taps // 2) if dim == 2 else (taps // 2, taps // 2, 0, 0)
-        images = F.pad(images, padding, mode="reflect")
-        images = F.conv2d(
-            images, kernel.expand(channels, 1, *torch.atleast_2d(kernel).shape), groups=channels
-        )
-    return F.interpolate(images, (side, side), mode="bicubic", align_corners=True)
 
 
 class CLIPText(nn.Module):
@@ -79,7 +60,7 @@ class CLIPImage(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> (B, N, D); squeezed into a square, nothing is cropped."""
         side = self.model.config.image_size
-        images = (blur_and_resize(images.float(), side) + 1) / 2
+        images = (resize_for_clip(images.float(), side) + 1) / 2
         mean, std = (images.new_tensor(v)[:, None, None] for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
         return self.model(((images - mean) / std).to(self.model.device, self.model.dtype)).last_hidden_state
 
