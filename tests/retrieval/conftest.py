@@ -28,33 +28,46 @@ def unit(rng, *shape):
 def write_store(tmp_path):
     """Write a store of ``sizes`` clips per part; returns its folder and the features by id.
 
-    Clips 0 and 1, 2 and 3, ... come from the same source when ``paired``.
+    Clips 0 and 1, 2 and 3, ... come from the same source when ``paired``; ids start with ``prefix``; ``extra``
+    gives a clip's further fields by its number; ``embeddings`` (n,W) are the captions', random if None.
     """
 
-    def write(sizes=(3, 4), name="db", paired=False, seed=0):
+    def write(
+        sizes=(3, 4),
+        name="db",
+        paired=False,
+        seed=0,
+        prefix="c",
+        extra=lambda number: {},
+        embeddings=None,
+        motion_encoder=None,
+    ):
         rng, out, features, number = np.random.default_rng(seed), tmp_path / name, {}, 0
         write_json(
             out / STORE,
             {
                 "shards": [{"file": f"clips-{part}.tar"} for part in range(len(sizes))],
-                "encoders": {role: FakeEncoder().identity for role in ("motion", "appearance", "caption")},
+                "encoders": {role: FakeEncoder().identity for role in ("motion", "appearance", "caption")}
+                | ({"motion": motion_encoder} if motion_encoder else {}),
                 "sampling": {},
             },
         )
         for part, size in enumerate(sizes):
             with PartWriter(out, f"clips-{part}", {"skipped": [], "preview_frames": 2}) as writer:
                 for _ in range(size):
-                    source = f"source{number // 2 if paired else number}"
+                    source = f"{prefix}-source{number // 2 if paired else number}"
                     clip = {
-                        "id": f"c{number}",
+                        "id": f"{prefix}{number}",
                         "caption": f"caption {number}",
                         "motion_caption": f"motion {number}",
                         "source": source,
+                        "metadata": {},
+                        **extra(number),
                     }
                     arrays = {
                         "motion": rng.normal(size=(5, 4)).astype(np.float16),
                         "appearance": rng.normal(size=(3, 2)).astype(np.float16),
-                        "caption": unit(rng, WIDTH),
+                        "caption": unit(rng, WIDTH) if embeddings is None else embeddings[number],
                         "preview": np.full((2, 16, 24, 3), number % 20 * 9, np.uint8),
                     }
                     *rows, preview = (value[None] for value in arrays.values())

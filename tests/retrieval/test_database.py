@@ -1,4 +1,4 @@
-"""The database as one folder: complete, portable, strict about what it is asked; and the retrievers."""
+"""The database as one folder: complete, portable, strict about what it is asked."""
 
 import json
 import os
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from motionrag.errors import MotionRAGError
+from motionrag.retrieval import changes
 from motionrag.retrieval.database import RetrievalDatabase, build
-from motionrag.retrieval.retrievers import OracleRetriever, RandomRetriever, TextRetriever
 
 
 class FakeCaptions:
@@ -76,7 +76,7 @@ def test_the_folder_can_be_moved_and_is_not_written_to(write_database, tmp_path)
     query = features["c2"]["caption"]
     assert db.search(query, 1)[0][0] == ["c2"]
     assert db.neighbours("c2", 2)
-    assert not db._parts[0].motion.flags.writeable
+    assert not db._part(0).motion.flags.writeable
     db.motion_features(["c2"]).add_(1)  # a copy
     assert files == {
         file: (file.stat().st_mtime_ns, file.read_bytes()) for file in moved.rglob("*") if file.is_file()
@@ -99,11 +99,11 @@ def test_workers_get_the_path_not_the_features(write_database):
 
 def test_an_index_of_the_same_store_is_the_same(write_store):
     path, _ = write_store()
-    names = ("manifest.json", "index.faiss", "neighbours.npy")
     build(path)
-    first = [(path / name).read_bytes() for name in names]
+    first = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    assert len(first) == 6  # store, manifest, clip table, index, neighbours, lock
     build(path)
-    assert first == [(path / name).read_bytes() for name in names]
+    assert first == {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
 
 
 def test_incomplete_and_damaged_stores_are_refused(write_store):
@@ -167,67 +167,96 @@ def test_other_encoders_are_refused_by_both_names(write_database):
         db.check_encoders({"motion": FakeCaptions([0.0], weights="1" * 64)})
 
 
-# ---------------------------------------------------------------- retrievers
+# ---------------------------------------------------------------- filters
 
 
-def test_text_retrieval_by_words_and_by_embedding(write_database):
-    path, features = write_database()
+def described(number):
+    return {
+        "action": ("jump", "run", None)[number % 3],
+        "metadata": {
+            "split": "train" if number < 4 else "test",
+            "views": number / 2,
+            "tags": ["a", f"t{number}"],
+        },
+    }
+
+
+def test_clips_are_chosen_by_their_columns(write_database):
+    path, features = write_database((3, 4), extra=described)
     db = RetrievalDatabase(path)
-    query = features["c3"]["caption"]
-    retriever = TextRetriever(db, FakeCaptions(query))
-    order = sorted(db.ids, key=lambda i: -float(features[i]["caption"] @ query))
-    for form in ("motion 3", query, torch.from_numpy(query)):
-        ids, scores = retriever.retrieve(form, 4)
-        assert ids == order[:4]
-        np.testing.assert_allclose(scores, [features[i]["caption"] @ query for i in ids], atol=1e-6)
-    ids, _ = retriever.retrieve("motion 3", 3, exclude={"c3", order[1], "unknown"})
-    assert ids == order[2:5]
-    with pytest.raises(MotionRAGError, match=r"embedding has width 4, the captions .* have width 6 \(fake\)"):
-        retriever.retrieve(query[:4], 1)
-    with pytest.raises(MotionRAGError, match="differ in width"):
-        TextRetriever(db, FakeCaptions(query, width=9))
+    for condition, expected in {
+        "action=jump": "036",
+        "action!=jump": "1245",  # also those without an action
+        "split=test": "456",
+        "source=c-source2": "2",
+        "views=1": "2",
+        "views=1.0": "2",
+        "views=0.5": "1",
+        "tags=t5": "5",
+        "tags!=a": "",
+        "caption=caption 3": "3",
+        ("split=test", "action!=jump"): "45",
+    }.items():
+        assert db.where(condition) == [f"c{number}" for number in expected], condition
+    assert db.where(None) == db.ids
+    assert db.column("split") == ["train"] * 4 + ["test"] * 3
+    assert db.value("c1", "action") == "run"
+    query = features["c4"]["caption"]
+    ids, scores = db.search(query, 2, {"c4"}, "split=test")[0]
+    assert set(ids) == {"c5", "c6"} and scores[0] >= scores[1]
+    with pytest.raises(MotionRAGError, match=r"k=3 .* 7 clips \(5 of them excluded\)"):
+        db.search(query, 3, {"c4"}, "split=test")
+    with pytest.raises(
+        MotionRAGError, match="where=speed=1: no column 'speed'; the clips have action, caption"
+    ):
+        db.where("speed=1")
+    with pytest.raises(MotionRAGError, match="where=action: expected column=value or column!=value"):
+        db.where(["split=test", "action"])
 
 
-def test_random_retrieval_is_even_and_repeats(write_database):
-    db = RetrievalDatabase(write_database()[0])
-    retriever = RandomRetriever(db, seed=3)
-    assert retriever.retrieve("x", 4) == (
-        RandomRetriever(db, seed=3).retrieve("x", 4)[0],
-        pytest.approx([0] * 4),
-    )
-    assert retriever.retrieve("x", 7)[0] != RandomRetriever(db, seed=4).retrieve("x", 7)[0]
-    firsts = [retriever.retrieve(f"query {i}", 1, exclude={"c0"})[0][0] for i in range(600)]
-    counts = [firsts.count(clip_id) for clip_id in db.ids]
-    assert counts[0] == 0
-    assert min(counts[1:]) > 60  # 100 expected
+def test_near_duplicate_captions_are_no_neighbours(write_store):
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(size=(12, 6)).astype("f4")
+    embeddings[1], embeddings[2] = (
+        embeddings[0],
+        embeddings[0] + 0.01,
+    )  # the same caption, nearly the same one
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    path, _ = write_store((12,), embeddings=embeddings)
+    build(path, 3)
+    assert set(RetrievalDatabase(path).neighbours("c0", 2)) == {"c1", "c2"}
+    manifest = build(path, 3, near_duplicate=0.99)
+    assert manifest["neighbours"]["near_duplicate"] == 0.99
+    db = RetrievalDatabase(path)
+    similar = embeddings @ embeddings.T
+    for row in range(12):
+        expected = sorted((similar[row, i] for i in range(12) if similar[row, i] < 0.99), reverse=True)[:3]
+        found = [similar[row, db.row(i)] for i in db.neighbours(f"c{row}", 3)]
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    build(path, 3, near_duplicate=0.01)
+    with pytest.raises(MotionRAGError, match="whose captions are less alike than near_duplicate=0.01"):
+        RetrievalDatabase(path).neighbours("c0", 3) and RetrievalDatabase(path).neighbours("c1", 3)
+    with pytest.raises(MotionRAGError, match="near_duplicate=2: expected a cosine"):
+        build(path, 3, near_duplicate=2)
 
 
-def test_the_oracle_finds_the_motion_itself(write_database):
-    path, features = write_database((30,))
-    oracle = OracleRetriever(RetrievalDatabase(path))
-    ids, scores = oracle.retrieve(features["c11"]["motion"], 5)
-    assert ids[0] == "c11"
-    assert scores[0] == pytest.approx(1, abs=1e-5)
-    assert np.all(np.diff(scores) <= 0)
-    assert "c11" not in oracle.retrieve(features["c11"]["motion"], 5, exclude={"c11"})[0]
-    for query, got in (("words", "got a text"), (np.zeros((5, 3)), r"got \(5, 3\)")):
-        with pytest.raises(MotionRAGError, match=got):
-            oracle.retrieve(query, 1)
-
-
-@pytest.mark.parametrize("kind", ["text", "random", "oracle"])
-def test_more_than_there_is_is_an_error(write_database, kind):
-    path, features = write_database()
-    db, clip = RetrievalDatabase(path), features["c1"]
-    retriever, query = {
-        "text": (TextRetriever(db, FakeCaptions(clip["caption"])), "words"),
-        "random": (RandomRetriever(db), "words"),
-        "oracle": (OracleRetriever(db), clip["motion"]),
-    }[kind]
-    assert len(retriever.retrieve(query, 7)[0]) == 7
-    with pytest.raises(MotionRAGError, match=r"k=8 is more than the database .* has: 7 clips; lower k"):
-        retriever.retrieve(query, 8)
-    with pytest.raises(MotionRAGError, match=r"k=7 .* 7 clips \(1 of them excluded\)"):
-        retriever.retrieve(query, 7, exclude={"c1"})
-    with pytest.raises(MotionRAGError, match="k=0: expected at least one"):
-        retriever.retrieve(query, 0)
+def test_databases_of_earlier_versions_open(write_database):
+    """Without a clip table and numbers, neighbours as bare rows, files under fixed names."""
+    path, _ = write_database((3, 4), paired=True)
+    new = RetrievalDatabase(path)
+    expected = {i: (new.neighbours(i, 3), new.clip(i), new.same_source(i)) for i in new.ids}
+    manifest = json.loads((path / "manifest.json").read_text())
+    table = np.load(path / manifest["neighbours"]["file"])["number"]
+    np.save(path / "neighbours.npy", table.astype(np.int32))
+    (path / manifest["index"]["file"]).rename(path / "index.faiss")
+    manifest["index"]["file"], manifest["neighbours"]["file"] = "index.faiss", "neighbours.npy"
+    del manifest["catalog"], manifest["store"], manifest["neighbours"]["near_duplicate"]
+    for part in manifest["parts"]:
+        del part["start"], part["removed"], part["about"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    old = RetrievalDatabase(path)
+    assert {i: (old.neighbours(i, 3), old.clip(i), old.same_source(i)) for i in old.ids} == expected
+    with pytest.raises(MotionRAGError, match="was indexed by an older version; run motionrag index db="):
+        changes.remove(path, ["c0"])
+    build(path)
+    changes.remove(path, ["c0"])

@@ -39,7 +39,9 @@ class Verb:
 VERBS: dict[str, Verb] = {
     "pack": Verb("video files and a table of captions -> shards", "table=clips.csv videos=DIR out=DIR"),
     "encode": Verb("shards -> a token store: features of every clip, computed once", "shards=DIR out=DB"),
-    "index": Verb("token store -> a retrieval database with a caption index", "db=DB"),
+    "index": Verb(
+        "token store -> a retrieval database; add, remove, merge, inspect, verify", "[add|...] db=DB", "what"
+    ),
     "retrieve": Verb(
         "print the reference clips for a prompt, and a contact sheet", '"PROMPT" db=DB k=3', "prompt"
     ),
@@ -50,6 +52,8 @@ VERBS: dict[str, Verb] = {
     "export": Verb("our weights -> checkpoints of the reference", "release=NAME path=DIR out=DIR"),
     "sweep": Verb("what became of a sweep; run again what failed", "status|retry DIR", "what", many=True),
     "report": Verb("run folders -> one self-contained HTML page", "DIR...", "runs", many=True),
+    "describe": Verb("sizes, work and memory of a configuration, without its weights", "backbone=NAME"),
+    "bench": Verb("measure the speed of one part", "adapter", "bench"),
     "demo": Verb("all of the above on the tiny configuration", ""),
 }
 

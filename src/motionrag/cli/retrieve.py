@@ -1,4 +1,4 @@
-"""``motionrag retrieve "PROMPT"``: the reference clips for a prompt, and a contact sheet."""
+"""``motionrag retrieve "PROMPT"``: the reference clips for a prompt, or a report on a whole database."""
 
 from __future__ import annotations
 
@@ -10,43 +10,108 @@ from omegaconf import DictConfig
 if TYPE_CHECKING:
     import numpy as np
 
+    from motionrag.retrieval.database import RetrievalDatabase
+    from motionrag.retrieval.retrievers import Retriever
+
 MARGIN = 12
 TEXT_HEIGHT = 20
+SHOWN = 8  # queries in a report's picture, each with three references
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Print the references, write ``contact_sheet.png`` and ``references.json``; see ``conf/retrieve.yaml``."""
+    """Print the references, write ``contact_sheet.png`` and ``references.json``; with ``label`` instead
+    ``report.png`` and ``report.json``. See ``conf/retrieve.yaml``."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.utils import instantiate
+
+    from motionrag.errors import MotionRAGError
+    from motionrag.retrieval.database import RetrievalDatabase, check_depth
+
+    if cfg.prompt is None and cfg.image is None and cfg.label is None:
+        raise MotionRAGError(
+            'retrieve needs a prompt (motionrag retrieve "PROMPT" db=DB), image=FILE or label=COLUMN'
+        )
+    db = RetrievalDatabase(str(cfg.db))
+    check_depth(db, int(cfg.k))  # before the encoder is loaded
+    out = Path(str(cfg.out) if cfg.out else HydraConfig.get().runtime.output_dir)
+    retriever = instantiate(cfg.retriever, db=db)
+    if cfg.label is not None:
+        return report(db, retriever, cfg, out)
+    return references(db, retriever, cfg, out)
+
+
+def references(db: RetrievalDatabase, retriever: Retriever, cfg: DictConfig, out: Path) -> dict[str, Any]:
+    """The clips for one prompt or picture."""
     from rich.console import Console
     from rich.table import Table
 
     from motionrag.io import atomic_path, write_json
-    from motionrag.retrieval.database import RetrievalDatabase, check_depth
 
-    db = RetrievalDatabase(str(cfg.db))
-    check_depth(db, int(cfg.k))  # before the encoder is loaded
-    retriever = instantiate(cfg.retriever, db=db)
-    ids, scores = retriever.retrieve(str(cfg.prompt), int(cfg.k))
+    prompt, image = str(cfg.prompt or ""), None
+    title = prompt or Path(str(cfg.image)).name
+    if cfg.image:
+        from motionrag.generate import read_image
 
-    references = []
-    table = Table("score", "id", "motion caption", "caption", title=f"references for: {cfg.prompt}")
+        image = read_image(str(cfg.image))
+    ids, scores = retriever.retrieve(prompt, int(cfg.k), image=image)
+    found = []
+    table = Table("score", "id", "motion caption", "caption", title=f"references for: {title}")
     for clip_id, score in zip(ids, scores.tolist(), strict=True):
         clip = db.clip(clip_id)
-        references.append({"score": score, **clip})
+        found.append({"score": score, **clip})
         table.add_row(f"{score:.3f}", clip_id, clip["motion_caption"], clip["caption"])
     Console().print(table)
 
-    out = Path(str(cfg.out) if cfg.out else HydraConfig.get().runtime.output_dir)
-    write_json(out / "references.json", {"prompt": str(cfg.prompt), "references": references})
-    rows = [(f"{i['score']:.3f}  {i['id']}: {i['motion_caption']}", db.preview(i["id"])) for i in references]
+    write_json(out / "references.json", {"prompt": prompt, "references": found})
+    rows = [(f"{i['score']:.3f}  {i['id']}: {i['motion_caption']}", db.preview(i["id"])) for i in found]
     with atomic_path(out / "contact_sheet.png") as temporary:
-        contact_sheet(str(cfg.prompt), rows).save(temporary)
+        contact_sheet(title, rows).save(temporary)
     return {
         "summary": f"{len(ids)} of {len(db)} clips, best {ids[0]} ({scores[0]:.3f}); {out / 'contact_sheet.png'}",
-        "prompt": str(cfg.prompt),
+        "prompt": prompt,
         "ids": ids,
         "scores": scores.tolist(),
+    }
+
+
+def report(db: RetrievalDatabase, retriever: Retriever, cfg: DictConfig, out: Path) -> dict[str, Any]:
+    """How well the database's clips find clips of their own label."""
+    from rich.progress import track
+
+    from motionrag.io import atomic_path, write_json
+    from motionrag.retrieval.report import assess
+
+    label, k = str(cfg.label), int(cfg.k)
+    numbers, found = assess(
+        db, retriever, label, k, int(cfg.queries), lambda ids: track(ids, description="retrieving")
+    )
+    print("\n".join(f"{name:<16}  {value:.3f}" if isinstance(value, float) else f"{name:<16}  {value}"
+                    for name, value in numbers.items()))  # fmt: skip
+    rows = []
+    for query in list(found)[:: -(-len(found) // SHOWN)]:
+        rows.append((f"{query} [{db.value(query, label)}]: {db.motion_caption(query)}", db.preview(query)))
+        for clip_id, score in zip(*(values[:3] for values in found[query]), strict=True):
+            text = (
+                f"        {score:.3f}  {clip_id} [{db.value(clip_id, label)}]: {db.motion_caption(clip_id)}"
+            )
+            rows.append((text, db.preview(clip_id)))
+    with atomic_path(out / "report.png") as temporary:
+        contact_sheet(f"clips of {db.path.name} and their nearest three", rows).save(temporary)
+    write_json(
+        out / "report.json",
+        {
+            **numbers,
+            "found": {
+                query: {"ids": ids, "scores": scores.tolist()} for query, (ids, scores) in found.items()
+            },
+        },
+    )
+    return {
+        "summary": (
+            f"{label}: recall@{k} {numbers[f'recall@{k}']:.3f}, precision@{k} {numbers[f'precision@{k}']:.3f} (chance "
+            f"{numbers['chance']:.3f}), hubness {numbers['hubness']:.2f}, {numbers['queries']} queries; {out / 'report.png'}"
+        ),
+        **numbers,
     }
 
 

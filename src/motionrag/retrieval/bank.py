@@ -9,9 +9,14 @@ beside its place and renamed in one step: what is there is whole.
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,29 @@ from motionrag.io import read_json, sha256, write_json
 
 PARTS = "parts"
 PART_FILE = "part.json"
-ARRAYS = ("motion", "appearance", "caption", "preview_ends")
+LOCK = ".lock"
+
+
+@contextmanager
+def writer_lock(db: str | Path) -> Iterator[None]:
+    """Be the only one who changes the database ``db`` (a folder that is there) while the block runs.
+
+    The operating system gives the lock back when the process ends, however it does. Raises
+    :class:`MotionRAGError` at once if another process holds it.
+    """
+    with (Path(db) / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise MotionRAGError(
+                f"db={db} is being changed by another process ({file.read().strip() or 'unknown'}); wait until "
+                "it has ended and try again"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 class PartWriter:
@@ -80,6 +107,15 @@ class PartWriter:
         self._append("preview_ends", np.asarray(ends, dtype=np.int64))
         self.clips += [dict(clip) for clip in clips]
 
+    def copy(self, part: Part, rows: np.ndarray) -> None:
+        """Append clips ``rows`` (r,) of another part as they are."""
+        for row in rows.tolist():
+            for name in ("motion", "appearance", "caption"):
+                self._append(name, np.asarray(getattr(part, name)[row : row + 1]))
+            self._preview_end += self._previews.write(part.jpeg(row))
+            self._append("preview_ends", np.asarray([self._preview_end], dtype=np.int64))
+            self.clips.append(part.clips[row])
+
     def _append(self, name: str, values: np.ndarray) -> None:
         if name not in self._arrays:
             self._arrays[name] = _NpyFile(self.partial / f"{name}.npy", values)
@@ -103,7 +139,7 @@ class PartWriter:
 
 
 class Part:
-    """Read one part. motion, appearance, caption: arrays as stored; clips: the records.
+    """Read one part; its arrays and records are opened when first needed.
 
     mmap: map the arrays into memory (many readers share one copy) instead of loading them.
     Raises :class:`MotionRAGError` if a file is missing or of another size than written.
@@ -119,21 +155,56 @@ class Part:
                     f"{self.path / name}: {'missing' if size is None else f'{size} bytes'}, expected "
                     f"{file['bytes']} bytes; copy the database again or delete {self.path.name} and encode again"
                 )
-        self.clips: list[dict[str, Any]] = read_json(self.path / "clips.json")
-        if not self.clips:
-            return
-        mode = "r" if mmap else None
-        for name in ARRAYS:
-            setattr(self, name, np.load(self.path / f"{name}.npy", mmap_mode=mode))
-        preview = self.path / "preview.bin"
-        self._previews = np.memmap(preview, np.uint8, "r") if mmap else np.fromfile(preview, np.uint8)
+        self._mmap = mmap
+
+    def __len__(self) -> int:
+        return self.about["clips"]
+
+    @cached_property
+    def clips(self) -> list[dict[str, Any]]:
+        """The records, read when first needed."""
+        return read_json(self.path / "clips.json")
+
+    @cached_property
+    def motion(self) -> np.ndarray:
+        """(n,N,D) float16."""
+        return self._array("motion")
+
+    @cached_property
+    def appearance(self) -> np.ndarray:
+        """(n,M,E) float16."""
+        return self._array("appearance")
+
+    @cached_property
+    def caption(self) -> np.ndarray:
+        """(n,W) float32."""
+        return self._array("caption")
+
+    @cached_property
+    def preview_ends(self) -> np.ndarray:
+        """Where each preview strip ends, (n,) int64."""
+        return self._array("preview_ends")
+
+    @cached_property
+    def _previews(self) -> np.ndarray:
+        file = self.path / "preview.bin"
+        return np.memmap(file, np.uint8, "r") if self._mmap else np.fromfile(file, np.uint8)
+
+    def _array(self, name: str) -> np.ndarray:
+        file = self.path / f"{name}.npy"
+        try:
+            return np.load(file, mmap_mode="r" if self._mmap else None)
+        except ValueError as error:
+            raise MotionRAGError(f"{file} is damaged ({error}); motionrag index verify says more") from error
+
+    def jpeg(self, row: int) -> bytes:
+        """The preview strip of one clip as it is stored."""
+        start = int(self.preview_ends[row - 1]) if row else 0
+        return self._previews[start : int(self.preview_ends[row])].tobytes()
 
     def preview(self, row: int) -> np.ndarray:
         """Preview frames of one clip, uint8 (P,h,w,3)."""
-        start = int(self.preview_ends[row - 1]) if row else 0
-        strip = np.asarray(
-            Image.open(io.BytesIO(self._previews[start : int(self.preview_ends[row])].tobytes()))
-        )
+        strip = np.asarray(Image.open(io.BytesIO(self.jpeg(row))))
         frames = self.about["preview_frames"]
         return strip.reshape(strip.shape[0], frames, -1, 3).transpose(1, 0, 2, 3)
 
@@ -185,6 +256,13 @@ class _NpyFile:
         with self.file:
             self.file.seek(0)
             self._header()
+
+
+def write_npy(path: Path, values: np.ndarray) -> None:
+    """Write an array that says so when the disk is full."""
+    file = _NpyFile(path, values)
+    file.append(values)
+    file.close()
 
 
 def _jpeg_strip(frames: np.ndarray) -> bytes:

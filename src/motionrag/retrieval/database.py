@@ -1,28 +1,41 @@
 """A retrieval database: token store, caption index and manifest in one folder.
 
 The folder can be copied, renamed and opened read-only by many processes; nothing in it is an absolute path.
+Every clip has a number: its part's ``start`` plus its row there. Numbers are never given twice, so clips can
+come and go without touching the others. Files that change get new names, and the manifest that names them
+is written last: whenever a writer is killed, the database is the old one or the new one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import secrets
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from motionrag.errors import MotionRAGError
-from motionrag.io import atomic_path, read_json, sha256, write_json
-from motionrag.retrieval.bank import PARTS, Part
-from motionrag.retrieval.index import CaptionIndex
+from motionrag.io import read_json, sha256, write_json
+from motionrag.retrieval import catalog
+from motionrag.retrieval.bank import PART_FILE, PARTS, Part, write_npy, writer_lock
+from motionrag.retrieval.index import CaptionIndex, build_index, exact_search
+from motionrag.retrieval.neighbours import Captions, nearest
 
 SCHEMA = "motionrag.database/1"
 MANIFEST = "manifest.json"
 STORE = "store.json"
-INDEX = "index.faiss"
-NEIGHBOURS = "neighbours.npy"
+#: Files that the manifest names; a checksum goes between name and suffix.
+FILES = {"catalog": "clips.arrow", "index": "index.faiss", "neighbours": "neighbours.npy"}
+#: A filter that leaves no more clips than this is searched clip by clip: exact, and as fast.
+FEW = 10_000
+
+Where = str | Sequence[str] | None
 
 
 class Identified(Protocol):
@@ -32,56 +45,133 @@ class Identified(Protocol):
     def identity(self) -> Mapping[str, Any]: ...
 
 
+# ---------------------------------------------------------------- reading
+
+
 class RetrievalDatabase:
     """Read a database. Clips are asked for by id; features come as float32 tensors.
 
     path: the folder. mmap: map features and index into memory instead of loading them.
     Raises :class:`MotionRAGError` when the folder is not a complete database.
 
-    Can be pickled (a worker process maps the files anew); search only in the main process.
+    Opening reads the manifest and the sizes of the files; everything else is read when first needed. Can be
+    pickled (a worker process maps the files anew); search only in the main process.
     """
 
     def __init__(self, path: str | Path, mmap: bool = True) -> None:
         self.path = Path(path)
         self.mmap = mmap
-        self.manifest = _read_manifest(self.path)
-        self._parts = [Part(self.path / PARTS / part["name"], mmap) for part in self.manifest["parts"]]
-        self._places = [
-            (part, row) for part in range(len(self._parts)) for row in range(len(self._parts[part].clips))
-        ]
-        self.ids: list[str] = [clip["id"] for part in self._parts for clip in part.clips]
-        self._rows = {clip_id: row for row, clip_id in enumerate(self.ids)}
-        if len(self.ids) != self.manifest["clips"]:
+        self.manifest = read_manifest(self.path)
+        for part in self.manifest["parts"]:
+            _check_sizes(self.path / PARTS / part["name"], part["files"])
+        sizes = [part["clips"] for part in self.manifest["parts"]]
+        cumulated = np.cumsum([0, *sizes[:-1]])  # of databases older than starts
+        self._starts = np.array(
+            [part.get("start", start) for part, start in zip(self.manifest["parts"], cumulated, strict=True)]
+        )
+        self._opened: dict[int, Part] = {}
+        self._clips = self._read_catalog()
+        self._numbers = self._clips[catalog.NUMBER].to_numpy()
+        if len(self) != self.manifest["clips"]:
             raise MotionRAGError(
-                f"{self.path}: {len(self.ids)} clips in its parts, {self.manifest['clips']} in {MANIFEST}; "
+                f"{self.path}: {len(self)} clips in its parts, {self.manifest['clips']} in {MANIFEST}; "
                 f"run motionrag index db={self.path} again"
             )
+
+    def _read_catalog(self) -> pa.Table:
+        if "catalog" in self.manifest:
+            return catalog.read(self.path / self.manifest["catalog"]["file"])
+        parts = range(len(self.manifest["parts"]))
+        return catalog.table(
+            (int(self._starts[part]) + row, clip)
+            for part in parts
+            for row, clip in enumerate(self._part(part).clips)
+        )
 
     def __reduce__(self) -> tuple:
         return type(self), (self.path, self.mmap)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._numbers)
 
     def __contains__(self, clip_id: str) -> bool:
         return clip_id in self._rows
 
+    @cached_property
+    def ids(self) -> list[str]:
+        """All clips."""
+        return self.column("id")
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {clip_id: row for row, clip_id in enumerate(self.ids)}
+
     def row(self, clip_id: str) -> int:
-        """Number of a clip, 0..len-1. Raises :class:`MotionRAGError` for an unknown id."""
+        """Place of a clip in ``ids``. Raises :class:`MotionRAGError` for an unknown id."""
         if clip_id not in self._rows:
             raise MotionRAGError(f"{self.path}: no clip '{clip_id}' among its {len(self)} clips")
         return self._rows[clip_id]
 
+    def _part(self, part: int) -> Part:
+        if part not in self._opened:
+            path = self.path / PARTS / self.manifest["parts"][part]["name"]
+            self._opened[part] = Part(path, self.mmap)
+        return self._opened[part]
+
+    def _place(self, clip_id: str) -> tuple[Part, int]:
+        """The part that holds a clip, and its row there."""
+        number = int(self._numbers[self.row(clip_id)])
+        part = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self._part(part), number - int(self._starts[part])
+
+    # ------------------------------------------------------------ what is known about clips
+
     def clip(self, clip_id: str) -> dict[str, Any]:
         """What the shards said about a clip: id, caption, motion_caption, source, action, duration, ..."""
-        part, row = self._places[self.row(clip_id)]
-        return self._parts[part].clips[row]
+        return catalog.record(self._clips, self.row(clip_id))
 
     def caption(self, clip_id: str) -> str:
         return self.clip(clip_id)["caption"]
 
     def motion_caption(self, clip_id: str) -> str:
         return self.clip(clip_id)["motion_caption"]
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the fields and columns of metadata that the clips have."""
+        return catalog.columns(self._clips)
+
+    def column(self, name: str) -> list[str | None]:
+        """One field or column of metadata of all clips, as text, in the order of ``ids``.
+
+        Raises :class:`MotionRAGError` if no clip has it.
+        """
+        if name not in self.columns:
+            raise MotionRAGError(
+                f"{self.path}: no column '{name}'; the clips have {', '.join(sorted(self.columns))}"
+            )
+        return self._clips[name].to_pylist()
+
+    def value(self, clip_id: str, column: str) -> str | None:
+        """One clip's value in a column, as text."""
+        return self._clips[column][self.row(clip_id)].as_py()
+
+    def where(self, condition: Where) -> list[str]:
+        """Ids of the clips that meet ``column=value`` or ``column!=value``, or all of a list of such conditions."""
+        return [self.ids[row] for row in np.flatnonzero(catalog.select(self._clips, condition or []))]
+
+    def same_source(self, clip_id: str) -> set[str]:
+        """Ids of the clips cut from the same source, the clip itself among them."""
+        return set(self._by_source[self._clips["source"][self.row(clip_id)].as_py()])
+
+    @cached_property
+    def _by_source(self) -> dict[str, list[str]]:
+        groups: dict[str, list[str]] = {}
+        for clip_id, source in zip(self.ids, self.column("source"), strict=True):
+            groups.setdefault(source, []).append(clip_id)
+        return groups
+
+    # ------------------------------------------------------------ features
 
     def motion_features(self, ids: Sequence[str]) -> torch.Tensor:
         """Motion features (k,N,D) float32 of the clips, in the order of ``ids``."""
@@ -95,28 +185,45 @@ class RetrievalDatabase:
         shape = self.manifest["shapes"][name]
         values = np.empty((len(ids), *shape), dtype=np.float32)
         for slot, clip_id in enumerate(ids):
-            part, row = self._places[self.row(clip_id)]
-            values[slot] = getattr(self._parts[part], name)[row]
+            part, row = self._place(clip_id)
+            values[slot] = getattr(part, name)[row]
         return torch.from_numpy(values)
 
     @cached_property
     def caption_embeddings(self) -> np.ndarray:
-        """Embeddings (n,W) float32 of the motion captions, in the order of ``ids``."""
-        return np.concatenate([part.caption for part in self._parts if part.clips])
+        """Embeddings (n,W) float32 of the motion captions, in the order of ``ids``; all of them in memory."""
+        return self._fetch(self._numbers)
+
+    def caption_vectors(self, ids: Sequence[str]) -> np.ndarray:
+        """Embeddings (k,W) float32 of the clips' motion captions, in the order of ``ids``."""
+        return self._fetch(self._numbers[[self.row(clip_id) for clip_id in ids]])
+
+    def class_tokens(self, ids: Sequence[str]) -> np.ndarray:
+        """The appearance encoder's class tokens (k,E) float32 of the clips' first frames, in the order of ``ids``."""
+        numbers = self._numbers[[self.row(clip_id) for clip_id in ids]]
+        found = _gather(self._part, self._starts, numbers, "appearance", lambda values: values[:, 0])
+        return found.astype(np.float32)
+
+    def _fetch(self, numbers: np.ndarray) -> np.ndarray:
+        return _gather(self._part, self._starts, numbers, "caption")
 
     def preview(self, clip_id: str) -> np.ndarray:
         """A few frames of the clip, uint8 (P,h,w,3), spread over its length, first and last included."""
-        part, row = self._places[self.row(clip_id)]
-        return self._parts[part].preview(row)
+        part, row = self._place(clip_id)
+        return part.preview(row)
+
+    # ------------------------------------------------------------ neighbours and search
 
     @cached_property
     def index(self) -> CaptionIndex:
         """The caption index, opened when first needed."""
-        return CaptionIndex.load(self.path / INDEX, self.mmap)
+        return CaptionIndex.load(self.path / self.manifest["index"]["file"], self.mmap, self._fetch)
 
     @cached_property
     def _neighbours(self) -> np.ndarray:
-        return np.load(self.path / NEIGHBOURS, mmap_mode="r" if self.mmap else None)
+        file = self.path / self.manifest["neighbours"]["file"]
+        table = np.load(file, mmap_mode="r" if self.mmap else None)
+        return table["number"] if table.dtype.names else table
 
     def neighbours(self, clip_id: str, k: int) -> list[str]:
         """The ``k`` nearest clips of other sources by motion caption, nearest first; needs no search.
@@ -128,44 +235,62 @@ class RetrievalDatabase:
                 f"k={k}, but {self.path} keeps {self._neighbours.shape[1]} neighbours per clip; run "
                 f"motionrag index db={self.path} neighbours={k}"
             )
-        rows = self._neighbours[self.row(clip_id), :k]
-        found = [self.ids[row] for row in rows if row >= 0]
+        numbers = self._neighbours[self.row(clip_id), :k]
+        found = self._named(numbers[numbers >= 0])
         if len(found) < k:
+            alike = self.manifest["neighbours"].get("near_duplicate")
             raise MotionRAGError(
-                f"k={k}, but {self.path} has only {len(found)} clips of other sources than '{clip_id}'; "
+                f"k={k}, but {self.path} has only {len(found)} clips of other sources than '{clip_id}'"
+                f"{f' whose captions are less alike than near_duplicate={alike:g}' if alike else ''}; "
                 "lower k or use a larger database"
             )
         return found
 
-    def same_source(self, clip_id: str) -> set[str]:
-        """Ids of the clips cut from the same source, the clip itself among them."""
-        return set(self._by_source[self.clip(clip_id)["source"]])
-
-    @cached_property
-    def _by_source(self) -> dict[str, list[str]]:
-        groups: dict[str, list[str]] = {}
-        for clip_id in self.ids:
-            groups.setdefault(self.clip(clip_id)["source"], []).append(clip_id)
-        return groups
+    def _named(self, numbers: np.ndarray) -> list[str]:
+        return [self.ids[row] for row in np.searchsorted(self._numbers, numbers)]
 
     def search(
-        self, queries: np.ndarray, k: int, exclude: set[str] | frozenset[str] = frozenset()
+        self, queries: np.ndarray, k: int, exclude: Collection[str] = frozenset(), where: Where = None
     ) -> list[tuple[list[str], np.ndarray]]:
         """For each of ``queries`` (B,W) float32: ids of the ``k`` nearest clips and scores (k,), best first.
 
-        exclude: ids that must not be found. Raises :class:`MotionRAGError` for queries of another width
-        and for more clips than there are.
+        exclude: ids that must not be found; unknown ones are fine. where: conditions that what is found must
+        meet (see :meth:`where`). Raises :class:`MotionRAGError` if fewer than ``k`` clips are left.
         """
         queries = np.atleast_2d(np.asarray(queries, dtype=np.float32))
-        if queries.shape[1] != self.index.width:
+        width = self.manifest["shapes"]["caption"][0]
+        if queries.shape[1] != width:
             raise MotionRAGError(
-                f"the query's embedding has width {queries.shape[1]}, the captions in {self.path} have width "
-                f"{self.index.width} ({self.manifest['encoders']['caption']['name']}); use that encoder"
+                f"the query's embedding has width {queries.shape[1]}, the captions of {self.path} have width "
+                f"{width} ({self.manifest['encoders']['caption']['name']}); use the database's caption encoder"
             )
-        excluded = [self._rows[clip_id] for clip_id in exclude if clip_id in self]
-        check_depth(self, k, len(excluded))
-        rows, scores = self.index.search(queries, k, excluded)
-        return [([self.ids[row] for row in line], values) for line, values in zip(rows, scores, strict=True)]
+        rows = self.candidates(k, exclude, where)
+        if where and len(rows) <= FEW:
+            numbers, scores = exact_search(queries, self._numbers[rows], self._fetch, k)
+        else:
+            mask = excluded = None
+            if where:
+                mask = np.zeros(int(self._numbers[-1]) + 1, bool)
+                mask[self._numbers[rows]] = True
+            elif exclude:
+                excluded = self._numbers[[self._rows[clip_id] for clip_id in exclude if clip_id in self]]
+            numbers, scores = self.index.search(queries, k, excluded, mask)
+        # an approximate index may come back with less than there is
+        short = np.flatnonzero((numbers < 0).any(1))
+        if len(short):
+            numbers[short], scores[short] = exact_search(queries[short], self._numbers[rows], self._fetch, k)
+        return [(self._named(line), values) for line, values in zip(numbers, scores, strict=True)]
+
+    def candidates(self, k: int, exclude: Collection[str] = frozenset(), where: Where = None) -> np.ndarray:
+        """Places in ``ids`` of the clips that a retriever may find, rising.
+
+        Raises :class:`MotionRAGError` if they are fewer than ``k`` >= 1.
+        """
+        left = catalog.select(self._clips, where or [])
+        left[[self._rows[clip_id] for clip_id in exclude if clip_id in self]] = False
+        rows = np.flatnonzero(left)
+        check_depth(self, k, len(self) - len(rows))
+        return rows
 
     def check_encoders(self, encoders: Mapping[str, Identified]) -> None:
         """Make sure that the features were made by these encoders (any of motion, appearance, caption).
@@ -174,14 +299,12 @@ class RetrievalDatabase:
         """
         for role, encoder in encoders.items():
             stored, given = self.manifest["encoders"][role], encoder.identity
-            for key in stored.keys() | given.keys():
-                # another name for the same weights (a copy of a hub folder) is the same encoder
-                if key != "name" and stored.get(key) != given.get(key):
-                    raise MotionRAGError(
-                        f"database {self.path} was built with the {role} encoder {_about(stored)}, this run "
-                        f"uses {_about(given)}: they differ in {key}; choose the same encoder "
-                        "(encoders=NAME) or encode the shards again"
-                    )
+            if key := difference(stored, given):
+                raise MotionRAGError(
+                    f"database {self.path} was built with the {role} encoder {about_encoder(stored)}, this run "
+                    f"uses {about_encoder(given)}: they differ in {key}; choose the same encoder "
+                    "(encoders=NAME) or encode the shards again"
+                )
 
 
 def check_depth(db: RetrievalDatabase, k: int, excluded: int = 0) -> None:
@@ -193,62 +316,6 @@ def check_depth(db: RetrievalDatabase, k: int, excluded: int = 0) -> None:
         raise MotionRAGError(
             f"k={k} is more than the database {db.path} has: {len(db)} clips{left}; lower k or use a larger database"
         )
-
-
-def build(path: str | Path, neighbours: int = 16) -> dict[str, Any]:
-    """Turn a complete token store into a database: index, neighbours and, last, the manifest (returned).
-
-    neighbours: how many nearest clips of other sources to keep for each clip. Checks the checksum of every
-    file. Raises :class:`MotionRAGError` if shards are not encoded yet, clips appear twice or files are damaged.
-    """
-    path = Path(path)
-    store = read_store(path)
-    if neighbours < 1:
-        raise MotionRAGError(f"neighbours={neighbours}: expected at least 1")
-    names = [Path(shard["file"]).stem for shard in store["shards"]]
-    missing = [name for name in names if not (path / PARTS / name).is_dir()]
-    if missing:
-        raise MotionRAGError(
-            f"{path}: {len(missing)} of {len(names)} shards are not encoded yet, the first is {missing[0]}; "
-            f"run motionrag encode again with out={path}, it continues where it stopped"
-        )
-    parts = [Part(path / PARTS / name) for name in names]
-    for part in parts:
-        part.verify()
-    clips = [clip for part in parts for clip in part.clips]
-    if not clips:
-        raise MotionRAGError(
-            f"{path}: no clip in any of its {len(parts)} parts; encode shards with usable clips"
-        )
-    ids = [clip["id"] for clip in clips]
-    if len(set(ids)) < len(ids):
-        twice = next(clip_id for clip_id in ids if ids.count(clip_id) > 1)
-        raise MotionRAGError(
-            f"{path}: clip '{twice}' is in the store twice; give the clips unique ids and pack again"
-        )
-
-    embeddings = np.concatenate([part.caption for part in parts if part.clips])
-    index = CaptionIndex.build(embeddings)
-    index.save(path / INDEX)
-    nearest = index.neighbours(embeddings, [clip["source"] for clip in clips], neighbours)
-    with atomic_path(path / NEIGHBOURS) as temporary:
-        np.save(temporary, nearest)
-    full = next(part for part in parts if part.clips)
-    manifest = {
-        "schema": SCHEMA,
-        "clips": len(clips),
-        "encoders": store["encoders"],
-        "sampling": store["sampling"],
-        "shapes": {name: list(getattr(full, name).shape[1:]) for name in ("motion", "appearance", "caption")},
-        "parts": [
-            {"name": part.path.name, "clips": len(part.clips), "files": part.about["files"]} for part in parts
-        ],
-        "skipped": sum(len(part.about["skipped"]) for part in parts),
-        "index": {"kind": "flat inner product", "file": INDEX, "sha256": sha256(path / INDEX)},
-        "neighbours": {"file": NEIGHBOURS, "k": neighbours, "sha256": sha256(path / NEIGHBOURS)},
-    }
-    write_json(path / MANIFEST, manifest)
-    return manifest
 
 
 def read_store(path: Path) -> dict[str, Any]:
@@ -264,7 +331,8 @@ def read_store(path: Path) -> dict[str, Any]:
         raise MotionRAGError(f"{path / STORE}: damaged ({error}); encode into a new folder") from error
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a database; raises :class:`MotionRAGError` if the folder is none."""
     if not path.is_dir():
         raise MotionRAGError(f"db={path}: no such folder; expected a database (motionrag encode, then index)")
     if not (path / MANIFEST).is_file():
@@ -276,7 +344,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest = read_json(path / MANIFEST)
     except ValueError as error:
         raise MotionRAGError(
-            f"{path / MANIFEST}: damaged ({error}); run motionrag index db={path}"
+            f"{path / MANIFEST}: damaged ({error}); copy the database again, or delete this file and run "
+            f"motionrag index db={path} (clips that were added later are then lost)"
         ) from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         raise MotionRAGError(
@@ -285,6 +354,245 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _about(identity: Mapping[str, Any]) -> str:
+def difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+    """What two encoders differ in; another name for the same weights (a copy of a hub folder) is no difference."""
+    keys = sorted(stored.keys() | given.keys())
+    return next((key for key in keys if key != "name" and stored.get(key) != given.get(key)), None)
+
+
+def about_encoder(identity: Mapping[str, Any]) -> str:
+    """An encoder in words."""
     size = f", size {identity['size']}" if "size" in identity else ""
     return f"{identity['name']} (width {identity['width']}{size}, weights {identity['weights'][:8]})"
+
+
+def _check_sizes(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Every file there and of the size written? Contents are for ``motionrag index verify``."""
+    for name, file in files.items():
+        try:
+            size = os.stat(f"{folder}/{name}").st_size
+        except OSError:
+            size = None
+        if size != file["bytes"]:
+            raise MotionRAGError(
+                f"{folder / name}: {'missing' if size is None else f'{size} bytes'}, expected {file['bytes']} "
+                f"bytes; copy the database again, or delete {folder.name}, encode and index again"
+            )
+
+
+def _gather(
+    part: Callable[[int], Part],
+    starts: np.ndarray,
+    numbers: np.ndarray,
+    name: str,
+    pick: Callable[[np.ndarray], np.ndarray] = lambda values: values,
+) -> np.ndarray:
+    """Rows of an array that is spread over parts, for clip numbers (m,) in any order."""
+    where = np.searchsorted(starts, numbers, side="right") - 1
+    found = None
+    for index in np.unique(where):
+        mine = np.flatnonzero(where == index)
+        rows = numbers[mine] - starts[index]
+        stored = pick(getattr(part(int(index)), name))
+        if found is None:
+            found = np.empty((len(numbers), *stored.shape[1:]), stored.dtype)
+        run = rows[-1] - rows[0] + 1 == len(rows) and (np.diff(rows) == 1).all()
+        found[mine] = stored[rows[0] : rows[-1] + 1] if run else stored[rows]
+    return np.empty((0, 0), np.float32) if found is None else found
+
+
+# ---------------------------------------------------------------- writing
+
+
+@dataclass
+class Entry:
+    """A part of a database that is being written: its first number, and the rows that were removed from it."""
+
+    part: Part
+    start: int
+    removed: list[int] = field(default_factory=list)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of the clips that are there."""
+        return np.setdiff1d(np.arange(len(self.part)), self.removed)
+
+    def clips(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Numbers and records of the clips that are there."""
+        clips = read_json(self.part.path / "clips.json")  # read every time: a million of them fill the memory
+        for row in self.rows.tolist():
+            yield self.start + row, clips[row]
+
+
+@dataclass
+class Contents:
+    """All parts of a database that is being written."""
+
+    entries: list[Entry]
+
+    def clips(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Numbers and records of the clips that are there, numbers rising."""
+        for entry in self.entries:
+            yield from entry.clips()
+
+    def fetch(self, numbers: np.ndarray) -> np.ndarray:
+        """Caption embeddings (m,W) of clip numbers (m,)."""
+        starts = np.array([entry.start for entry in self.entries])
+        return _gather(lambda index: self.entries[index].part, starts, numbers, "caption")
+
+    def captions(self, index: CaptionIndex, near_duplicate: float | None) -> Captions:
+        """What neighbours are searched in."""
+        numbers, sources = [], []
+        for number, clip in self.clips():
+            numbers.append(number)
+            sources.append(clip["source"])
+        _, groups = np.unique(np.array(sources), return_inverse=True)
+        return Captions(index, self.fetch, np.array(numbers, np.int64), groups, near_duplicate)
+
+    def check(self, path: Path) -> None:
+        """Raise :class:`MotionRAGError` if there is no clip, or one that comes twice."""
+        seen: set[str] = set()
+        for _, clip in self.clips():
+            if clip["id"] in seen:
+                raise MotionRAGError(
+                    f"{path}: clip '{clip['id']}' is in the store twice; give the clips unique ids and pack again"
+                )
+            seen.add(clip["id"])
+        if not seen:
+            raise MotionRAGError(
+                f"{path}: no clip in any of its {len(self.entries)} parts; encode shards with usable clips"
+            )
+
+
+def build(
+    path: str | Path,
+    neighbours: int = 16,
+    kind: str = "auto",
+    memory_gb: float = 4.0,
+    recall: float = 0.99,
+    near_duplicate: float | None = None,
+) -> dict[str, Any]:
+    """Turn a complete token store into a database: clip table, index, neighbours and, last, the manifest (returned).
+
+    neighbours: how many nearest clips of other sources to keep for each clip. kind: of index, or auto (see
+    ``choose_kind``, which memory_gb is for). recall: share of the true 9 nearest captions (0..1) that an
+    approximate index has to find, measured on captions of the database. near_duplicate: captions whose cosine
+    reaches it are no neighbours of one another; None: only clips of one source are not.
+
+    Clips added or removed since stay so. Checks the checksum of every file. Raises :class:`MotionRAGError` if
+    shards are not encoded yet, clips appear twice, files are damaged, or another process writes.
+    """
+    read_store(Path(path))
+    with writer_lock(path):
+        return build_locked(Path(path), neighbours, kind, memory_gb, recall, near_duplicate)
+
+
+def build_locked(
+    path: Path,
+    neighbours: int = 16,
+    kind: str = "auto",
+    memory_gb: float = 4.0,
+    recall: float = 0.99,
+    near_duplicate: float | None = None,
+) -> dict[str, Any]:
+    """:func:`build`, by who holds the writer's lock."""
+    if neighbours < 1:
+        raise MotionRAGError(f"neighbours={neighbours}: expected at least 1")
+    if near_duplicate is not None and not 0 < near_duplicate <= 1:
+        raise MotionRAGError(f"near_duplicate={near_duplicate}: expected a cosine above 0, up to 1, or null")
+    contents = Contents(read_entries(path))
+    for entry in contents.entries:
+        entry.part.verify()
+    contents.check(path)
+    numbers = np.concatenate([entry.start + entry.rows for entry in contents.entries])
+    index, about = build_index(numbers, contents.fetch, kind, memory_gb, recall)
+    captions = contents.captions(index, near_duplicate)
+    table = nearest(captions, captions.numbers, neighbours)
+    return publish(path, contents, index, about, table, near_duplicate)
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """The parts of a store (all its shards) and of the database it is already (what was added or removed)."""
+    store = read_store(path)
+    names = [Path(shard["file"]).stem for shard in store["shards"]]
+    missing = [name for name in names if not (path / PARTS / name).is_dir()]
+    if missing:
+        raise MotionRAGError(
+            f"{path}: {len(missing)} of {len(names)} shards are not encoded yet, the first is {missing[0]}; "
+            f"run motionrag encode again with out={path}, it continues where it stopped"
+        )
+    before = read_manifest(path)["parts"] if (path / MANIFEST).is_file() else []
+    removed = {part["name"]: part for part in before}
+    entries, start = [], 0
+    for name in dict.fromkeys([*names, *removed]):
+        part = Part(path / PARTS / name)
+        old = removed.get(name, {})
+        same = old.get("files") == part.about["files"]  # else it was encoded anew since
+        entries.append(Entry(part, start, list(old.get("removed", [])) if same else []))
+        start += len(part)
+    return entries
+
+
+def publish(
+    path: Path,
+    contents: Contents,
+    index: CaptionIndex,
+    about_index: Mapping[str, Any],
+    table: np.ndarray,
+    near_duplicate: float | None,
+) -> dict[str, Any]:
+    """Write clip table, index and neighbours under new names, the manifest that names them, and remove the old.
+
+    table: NEIGHBOUR (n,k), a line for each clip. The caller holds the writer's lock.
+    """
+    store = read_store(path)
+    full = next(entry.part for entry in contents.entries if len(entry.part))
+    columns = catalog.schema(clip for _, clip in contents.clips())
+    manifest = {
+        "schema": SCHEMA,
+        "clips": len(table),
+        "encoders": store["encoders"],
+        "sampling": store["sampling"],
+        "shapes": {name: list(getattr(full, name).shape[1:]) for name in ("motion", "appearance", "caption")},
+        "parts": [
+            {
+                "name": entry.part.path.name,
+                "clips": len(entry.part),
+                "start": entry.start,
+                "removed": [int(row) for row in entry.removed],
+                "about": sha256(entry.part.path / PART_FILE),
+                "files": entry.part.about["files"],
+            }
+            for entry in contents.entries
+        ],
+        "skipped": sum(len(entry.part.about["skipped"]) for entry in contents.entries),
+        "store": sha256(path / STORE),
+        "catalog": _put(path, "catalog", lambda file: catalog.write(file, contents.clips(), columns)),
+        "index": {**about_index, **_put(path, "index", index.save)},
+        "neighbours": {
+            "k": table.shape[1],
+            "near_duplicate": near_duplicate,
+            **_put(path, "neighbours", lambda file: write_npy(file, table)),
+        },
+    }
+    write_json(path / MANIFEST, manifest)
+    kept = {manifest[role]["file"] for role in FILES}
+    for name in FILES.values():  # what earlier manifests named, and what killed writers left
+        stem, suffix = Path(name).stem, Path(name).suffix
+        for file in [*path.glob(f"{stem}*{suffix}"), *path.glob(f".{stem}*{suffix}")]:
+            if file.name not in kept:
+                file.unlink()
+    return manifest
+
+
+def _put(path: Path, role: str, write: Callable[[Path], None]) -> dict[str, str]:
+    """Write a file under a name that holds its checksum; returns both."""
+    stem, suffix = Path(FILES[role]).stem, Path(FILES[role]).suffix
+    temporary = path / f".{stem}-{secrets.token_hex(4)}{suffix}"
+    try:
+        write(temporary)
+        checksum = sha256(temporary)
+        temporary.rename(path / f"{stem}-{checksum[:12]}{suffix}")
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {"file": f"{stem}-{checksum[:12]}{suffix}", "sha256": checksum}

@@ -1,46 +1,129 @@
-"""Exact nearest neighbours of caption embeddings by inner product, with FAISS.
+"""Nearest neighbours of embeddings by inner product: FAISS behind one class, exact or almost.
 
-Search in the main process only: FAISS can hang in forked workers.
+Search in the main process only: FAISS can hang in forked workers, so there it is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 
 from motionrag.errors import MotionRAGError
-from motionrag.io import atomic_path
+
+KINDS = ("flat", "ivf_flat", "ivf_pq", "hnsw")
+#: Numbers (clips x width) that an exact search still goes through in about a millisecond: 10 k clips of 768.
+FLAT_VALUES = 8_000_000
+#: Clips below which an inverted file or a product quantiser has too little to be trained on.
+TRAINABLE = 1000
+#: ivf_pq: for each clip asked for, so many are taken by their codes and ordered by their embeddings.
+REFINE = 30
+
+#: Gives the stored embeddings (m,W) float32 of clip numbers (m,).
+Fetch = Callable[[np.ndarray], np.ndarray]
+
+_forked = False
+
+
+def _mark() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_mark)
+
+
+def choose_kind(clips: int, width: int, memory_gb: float) -> str:
+    """What ``auto`` means: flat while it is fast, then ivf_flat, or ivf_pq if the embeddings exceed the budget.
+
+    memory_gb: what the index may take. hnsw is never chosen: nothing can be removed from it.
+    """
+    if clips * width <= FLAT_VALUES or clips < TRAINABLE:
+        return "flat"
+    return "ivf_flat" if clips * width * 4 <= memory_gb * 1e9 else "ivf_pq"
 
 
 class CaptionIndex:
-    """Embeddings (n,W) float32 of length 1, numbered 0..n-1."""
+    """Embeddings (n,W) float32 of length 1, each under a number of its own.
 
-    def __init__(self, index: faiss.Index) -> None:
-        self.index = index
+    index: what FAISS made or read. fetch: the embeddings themselves; only ivf_pq, which keeps codes, needs it.
+
+    ``flat`` is exact; ``ivf_flat`` looks into the nearest of about 2 sqrt(n) cells; ``ivf_pq`` does, keeps W/8
+    bytes for each clip, and orders what it found by the embeddings; ``hnsw`` follows a graph. All scores are
+    exact inner products. ``effort`` is the number of cells looked into, or hnsw's width of search.
+    """
+
+    def __init__(self, index: faiss.Index, fetch: Fetch | None = None) -> None:
+        self.index, self.fetch = index, fetch
+        inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexIDMap2) else index
+        # IndexIVFPQ and IndexIVFFlat are no subclasses of one another; IndexHNSWFlat is no IndexFlat
+        classes = (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexIVFPQ, faiss.IndexHNSWFlat)
+        self.kind = next(kind for kind, cls in zip(KINDS, classes, strict=True) if isinstance(inner, cls))
+        self._inner = inner
 
     @classmethod
-    def build(cls, embeddings: np.ndarray) -> CaptionIndex:
-        """Index the rows of ``embeddings`` (n,W)."""
-        # Ids of its own: rows can be left out of a search, and removed, without renumbering the others.
-        index = faiss.IndexIDMap2(faiss.IndexFlatIP(embeddings.shape[1]))
-        index.add_with_ids(np.ascontiguousarray(embeddings, np.float32), np.arange(len(embeddings)))
-        return cls(index)
+    def empty(cls, kind: str, sample: np.ndarray, clips: int, fetch: Fetch | None = None) -> CaptionIndex:
+        """An index without clips, trained on ``sample`` (s,W) of the ``clips`` that it is to hold.
+
+        Raises :class:`MotionRAGError` for an unknown kind, or too few clips to train it on.
+        """
+        if kind not in KINDS:
+            raise MotionRAGError(f"kind={kind}: unknown index; choose auto, {', '.join(KINDS)}")
+        width = sample.shape[1]
+        if kind == "flat":
+            return cls(faiss.IndexIDMap2(faiss.IndexFlatIP(width)), fetch)
+        if kind == "hnsw":
+            graph = faiss.IndexHNSWFlat(width, 32, faiss.METRIC_INNER_PRODUCT)
+            graph.hnsw.efSearch = 16
+            return cls(faiss.IndexIDMap2(graph), fetch)
+        if clips < TRAINABLE:
+            raise MotionRAGError(
+                f"kind={kind} needs at least {TRAINABLE} clips, here are {clips}; use kind=flat"
+            )
+        cells = cell_count(clips)
+        coarse = faiss.IndexFlatIP(width)
+        if kind == "ivf_flat":
+            index = faiss.IndexIVFFlat(coarse, width, cells, faiss.METRIC_INNER_PRODUCT)
+        else:
+            codes = next(m for m in range(max(width // 8, 1), 0, -1) if width % m == 0)
+            index = faiss.IndexIVFPQ(coarse, width, cells, codes, 8, faiss.METRIC_INNER_PRODUCT)
+            index.pq.cp.min_points_per_centroid = 1  # no warning: the order is put right by the embeddings
+        index.cp.spherical = True
+        index.cp.min_points_per_centroid = 1
+        index.train(_rows(sample))
+        return cls(index, fetch)
+
+    def add(self, embeddings: np.ndarray, numbers: np.ndarray) -> None:
+        """Add embeddings (m,W) under new numbers (m,) int64."""
+        self.index.add_with_ids(_rows(embeddings), np.ascontiguousarray(numbers, np.int64))
+
+    def remove(self, numbers: np.ndarray) -> None:
+        """Forget these numbers. Raises :class:`MotionRAGError` for hnsw, which cannot."""
+        if self.kind == "hnsw":
+            raise MotionRAGError(
+                "an hnsw index cannot forget clips; build another kind first: motionrag index db=DB kind=ivf_flat"
+            )
+        self.index.remove_ids(np.ascontiguousarray(numbers, np.int64))
 
     def save(self, path: str | Path) -> None:
-        """Write the index in one step."""
-        with atomic_path(path) as temporary:
-            faiss.write_index(self.index, str(temporary))
+        """Write the index; a database renames the file into place."""
+        with Path(path).open("wb") as file:  # through Python's file: a full disk then says so
+            faiss.write_index(self.index, faiss.PyCallbackIOWriter(file.write))
 
     @classmethod
-    def load(cls, path: str | Path, mmap: bool = True) -> CaptionIndex:
-        """Read an index; with ``mmap`` without loading it. Raises :class:`MotionRAGError` if it cannot be."""
+    def load(cls, path: str | Path, mmap: bool = True, fetch: Fetch | None = None) -> CaptionIndex:
+        """Read an index; with ``mmap`` without loading it, and only to be searched.
+
+        Raises :class:`MotionRAGError` if it cannot be read.
+        """
         flags = faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY if mmap else 0
         try:
-            return cls(faiss.read_index(str(path), flags))
-        except RuntimeError as error:
+            return cls(faiss.read_index(str(path), flags), fetch)
+        except (RuntimeError, StopIteration) as error:
             raise MotionRAGError(
                 f"{path}: missing or not a FAISS index; run motionrag index db={Path(path).parent}"
             ) from error
@@ -53,33 +136,146 @@ class CaptionIndex:
         """``W``."""
         return self.index.d
 
+    @property
+    def effort(self) -> int:
+        """How far an approximate search looks; 0: everywhere."""
+        if self.kind == "flat":
+            return 0
+        return int(self._inner.hnsw.efSearch if self.kind == "hnsw" else self._inner.nprobe)
+
+    @effort.setter
+    def effort(self, value: int) -> None:
+        if self.kind == "hnsw":
+            self._inner.hnsw.efSearch = value
+        elif self.kind != "flat":
+            self._inner.nprobe = value
+
+    def tune(self, queries: np.ndarray, exact: np.ndarray, recall: float) -> float:
+        """Set the least effort that finds at least ``recall`` (0..1) of the best clips of ``queries`` (B,W).
+
+        exact: scores (B,k) of the true best ones, best first. Returns the recall reached.
+        """
+        most = 1 if self.kind == "flat" else 4096 if self.kind == "hnsw" else self._inner.nlist
+        effort = {"flat": 1, "hnsw": 16}.get(self.kind, 4)
+        while True:
+            self.effort = min(effort, most)
+            _, scores = self.search(queries, exact.shape[1])
+            # by score: of clips with one caption any will do
+            reached = float((scores >= exact[:, -1:] - 1e-5).mean())
+            if reached >= recall or effort >= most:
+                return reached
+            effort *= 2
+
     def search(
-        self, queries: np.ndarray, k: int, excluded: Sequence[int] = ()
+        self,
+        queries: np.ndarray,
+        k: int,
+        excluded: np.ndarray | None = None,
+        allowed: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers (B,k) int64 and scores (B,k) float32, best first, of ``queries`` (B,W).
+        """Numbers (B,k) int64 and scores (B,k) float32, best first, of ``queries`` (B,W).
 
-        excluded: rows that must not be found. Where fewer than k rows are left, the number is -1.
+        excluded: numbers (m,) that must not be found. allowed: bool (largest number + 1,), those that may be.
+        Where fewer than k are found, the number is -1. Raises :class:`MotionRAGError` in a forked process.
         """
-        params = None
-        if len(excluded):
-            rows = np.asarray(list(excluded), dtype=np.int64)
-            params = faiss.SearchParameters(sel=faiss.IDSelectorNot(faiss.IDSelectorBatch(rows)))
-        scores, rows = self.index.search(np.ascontiguousarray(queries, np.float32), k, params=params)
-        return rows, scores
+        if _forked:
+            raise MotionRAGError(
+                "a search inside a forked worker can hang: search in the main process; workers read the "
+                "neighbours that motionrag index stored"
+            )
+        selector = None
+        if allowed is not None:
+            if excluded is not None:
+                allowed = allowed.copy()
+                allowed[excluded] = False
+            selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+        elif excluded is not None and len(excluded):
+            selector = faiss.IDSelectorNot(faiss.IDSelectorBatch(np.asarray(excluded, dtype=np.int64)))
+        queries = _rows(queries)
+        wanted = min(REFINE * k, len(self)) if self.kind == "ivf_pq" else k
+        threads = faiss.omp_get_max_threads()
+        if len(queries) == 1:
+            faiss.omp_set_num_threads(1)  # waking threads up costs more than they save
+        try:
+            scores, numbers = self.index.search(queries, wanted, params=self._parameters(selector, wanted))
+        finally:
+            faiss.omp_set_num_threads(threads)
+        return self._refined(queries, numbers, k) if self.kind == "ivf_pq" else (numbers, scores)
 
-    def neighbours(self, embeddings: np.ndarray, sources: Sequence[str], k: int) -> np.ndarray:
-        """For every indexed clip the ``k`` nearest ones from other sources: (n,k) int32, best first.
+    def _parameters(self, selector: faiss.IDSelector | None, wanted: int) -> faiss.SearchParameters:
+        if self.kind == "flat":
+            return faiss.SearchParameters(sel=selector)
+        if self.kind == "hnsw":
+            return faiss.SearchParametersHNSW(sel=selector, efSearch=max(self.effort, wanted))
+        return faiss.SearchParametersIVF(sel=selector, nprobe=self.effort)
 
-        embeddings: (n,W), the indexed ones; sources: n names. -1 where fewer than k are left.
-        """
-        _, group = np.unique(np.asarray(sources), return_inverse=True)
-        # No more than a whole group has to be dropped from any result.
-        wanted = min(len(self), k + int(np.bincount(group).max()))
-        result = np.full((len(self), k), -1, dtype=np.int32)
-        for start in range(0, len(self), 1024):
-            rows, _ = self.search(embeddings[start : start + 1024], wanted)
-            same = group[rows] == group[start : start + len(rows), None]
-            order = np.argsort(same, axis=1, kind="stable")[:, :k]  # others first, nearest first
-            found = np.where(np.take_along_axis(same, order, 1), -1, np.take_along_axis(rows, order, 1))
-            result[start : start + len(rows), : found.shape[1]] = found
-        return result
+    def _refined(self, queries: np.ndarray, numbers: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ``k`` best of the candidates ``numbers`` (B,c) by their embeddings."""
+        best = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
+        for row, (query, candidates) in enumerate(zip(queries, numbers, strict=True)):
+            candidates = candidates[candidates >= 0]
+            scores = self.fetch(candidates) @ query
+            order = np.argsort(-scores, kind="stable")[:k]
+            best[0][row, : len(order)], best[1][row, : len(order)] = candidates[order], scores[order]
+        return best
+
+
+def build_index(
+    numbers: np.ndarray, fetch: Fetch, kind: str = "auto", memory_gb: float = 4.0, recall: float = 0.99
+) -> tuple[CaptionIndex, dict[str, Any]]:
+    """An index of the clips ``numbers`` (n,), and how it was made: kind, and recall and effort if not exact.
+
+    kind: one of KINDS, or auto (see :func:`choose_kind`). recall: share of the true 9 nearest (0..1) that an
+    approximate index has to find; measured on clips that are in it. Training and choice of clips are seeded.
+    """
+    if kind == "auto":
+        kind = choose_kind(len(numbers), fetch(numbers[:1]).shape[1], memory_gb)
+    rng = np.random.default_rng(0)
+    count = min(len(numbers), 64 * cell_count(len(numbers)))
+    sample = np.sort(rng.choice(numbers, count, replace=False)) if kind.startswith("ivf") else numbers[:1]
+    index = CaptionIndex.empty(kind, fetch(sample), len(numbers), fetch)
+    for start in range(0, len(numbers), 8192):
+        block = numbers[start : start + 8192]
+        index.add(fetch(block), block)
+    if kind == "flat":
+        return index, {"kind": kind}
+    queries = fetch(rng.choice(numbers, min(64, len(numbers)), replace=False))
+    _, exact = exact_search(queries, numbers, fetch, min(9, len(numbers)))
+    reached = index.tune(queries, exact, recall)
+    return index, {"kind": kind, "recall": round(reached, 4), "effort": index.effort}
+
+
+def exact_search(
+    queries: np.ndarray,
+    numbers: np.ndarray,
+    fetch: Fetch,
+    k: int,
+    drop: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ``k`` best of clips ``numbers`` (n,) for ``queries`` (B,W) without an index: numbers and scores (B,k).
+
+    drop: called with positions (c,) in ``numbers`` and scores (B,c), says which not to find, bool (B,c). Where
+    fewer than k are left, the number is -1 and the score -inf. Reads embeddings in blocks, not all at once.
+    """
+    queries = _rows(queries)
+    best = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
+    for start in range(0, len(numbers), 8192):
+        block = np.asarray(numbers[start : start + 8192], np.int64)
+        scores = queries @ fetch(block).T
+        if drop is not None:
+            scores[drop(np.arange(start, start + len(block)), scores)] = -np.inf
+        both = np.concatenate([best[0], np.broadcast_to(block, scores.shape)], 1)
+        scores = np.concatenate([best[1], scores], 1)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        best = np.take_along_axis(both, order, 1), np.take_along_axis(scores, order, 1)
+    best[0][np.isneginf(best[1])] = -1
+    return best
+
+
+def cell_count(clips: int) -> int:
+    """Cells of an inverted file for so many clips."""
+    return max(1, round(2 * clips**0.5))
+
+
+def _rows(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(np.atleast_2d(values), np.float32)

@@ -1,6 +1,7 @@
-"""Ways to choose reference clips: by text, at random, or by the true motion (an upper bound).
+"""Ways to choose reference clips: by text, by picture, by both, at random, or by the true motion (an upper bound).
 
-All answer ``retrieve(query, k, exclude)`` with ids, nearest first, and scores (k,) float32.
+All answer ``retrieve(query, k, exclude, image)`` with ids, nearest first, and scores (k,) float32, falling. All
+take ``where``, conditions that reference clips must meet (see ``RetrievalDatabase.where``).
 """
 
 from __future__ import annotations
@@ -13,35 +14,108 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from motionrag.encoders import CaptionEncoder
+from motionrag.encoders import AppearanceEncoder, CaptionEncoder
 from motionrag.errors import MotionRAGError
-from motionrag.retrieval.database import RetrievalDatabase, check_depth
+from motionrag.retrieval.database import RetrievalDatabase, Where
+from motionrag.retrieval.index import exact_search
 
 Query = str | np.ndarray | torch.Tensor
+#: For each clip asked for, so many are weighed against one another for diversity.
+WEIGHED = 5
 
 
 class Retriever(Protocol):
-    """``retrieve`` raises :class:`MotionRAGError` if fewer than ``k`` clips are left: never a blank."""
+    """query: the wanted motion as a text or its embedding (W,). image: the input picture (3,H,W) or (1,3,H,W) in
+    [-1, 1], or its appearance features (M,E); those who do not look at it ignore it. exclude: ids not to find.
+
+    ``retrieve`` raises :class:`MotionRAGError` if fewer than ``k`` clips are left: never a blank.
+    """
 
     def retrieve(
-        self, query: Query, k: int, exclude: Set[str] = frozenset()
+        self, query: Query, k: int, exclude: Set[str] = frozenset(), image: torch.Tensor | None = None
     ) -> tuple[list[str], np.ndarray]: ...
 
 
 class TextRetriever:
     """The clips whose motion captions are nearest to the query in meaning.
 
-    query: a text, or its embedding (W,) of length 1; scores are cosines. Raises :class:`MotionRAGError` if
-    the database was indexed with another caption encoder.
+    query: a text, or its embedding (W,) of length 1; scores are cosines. diversity: 0..1; above 0, clips like
+    those already chosen give way to others (maximal marginal relevance, Carbonell and Goldstein 1998: the next
+    clip has the largest (1 - diversity) * score - diversity * likeness to the chosen ones). Raises
+    :class:`MotionRAGError` if the database was indexed with another caption encoder.
     """
 
-    def __init__(self, db: RetrievalDatabase, encoder: CaptionEncoder) -> None:
+    def __init__(
+        self, db: RetrievalDatabase, encoder: CaptionEncoder, where: Where = None, diversity: float = 0.0
+    ) -> None:
         db.check_encoders({"caption": encoder})
-        self.db, self.encoder = db, encoder
+        if not 0 <= diversity <= 1:
+            raise MotionRAGError(f"diversity={diversity}: expected a number from 0 (none) to 1")
+        self.db, self.encoder, self.where, self.diversity = db, encoder, where, diversity
 
-    def retrieve(self, query: Query, k: int, exclude: Set[str] = frozenset()) -> tuple[list[str], np.ndarray]:
-        embedding = self.encoder.encode([query])[0] if isinstance(query, str) else query
-        return self.db.search(_array(embedding), k, exclude)[0]
+    def retrieve(
+        self, query: Query, k: int, exclude: Set[str] = frozenset(), image: torch.Tensor | None = None
+    ) -> tuple[list[str], np.ndarray]:
+        embedding = _array(self.encoder.encode([query])[0] if isinstance(query, str) else query)
+        if not self.diversity:
+            return self.db.search(embedding, k, exclude, self.where)[0]
+        count = min(WEIGHED * k, len(self.db.candidates(k, exclude, self.where)))
+        ids, scores = self.db.search(embedding, count, exclude, self.where)[0]
+        rows = diverse(self.db.caption_vectors(ids), scores, k, self.diversity)
+        return [ids[row] for row in rows], scores[rows]
+
+
+class ImageRetriever:
+    """The clips whose first frames look most like the image; the query is ignored.
+
+    Scores are cosines of the appearance encoder's class tokens, those of all clips being kept in memory (4 kB
+    each at full size). Raises :class:`MotionRAGError` if the database was encoded by another appearance encoder.
+    """
+
+    def __init__(self, db: RetrievalDatabase, appearance: AppearanceEncoder, where: Where = None) -> None:
+        db.check_encoders({"appearance": appearance})
+        self.db, self.appearance, self.where = db, appearance, where
+
+    @cached_property
+    def _looks(self) -> np.ndarray:
+        return _directions(self.db.class_tokens(self.db.ids))
+
+    def retrieve(
+        self, query: Query, k: int, exclude: Set[str] = frozenset(), image: torch.Tensor | None = None
+    ) -> tuple[list[str], np.ndarray]:
+        rows = self.db.candidates(k, exclude, self.where)
+        look = class_token(self.appearance, image)
+        found, scores = exact_search(look, rows, lambda block: self._looks[block], k)
+        return [self.db.ids[row] for row in found[0]], scores[0]
+
+
+class TextImageRetriever:
+    """Of the ``pool`` clips nearest in meaning, those whose first frames look most like the image.
+
+    Scores are the looks' (see :class:`ImageRetriever`). A pool smaller than ``k`` is one of ``k``.
+    """
+
+    def __init__(
+        self,
+        db: RetrievalDatabase,
+        encoder: CaptionEncoder,
+        appearance: AppearanceEncoder,
+        pool: int = 50,
+        where: Where = None,
+    ) -> None:
+        db.check_encoders({"appearance": appearance})
+        self.db, self.appearance, self.pool, self.where = db, appearance, pool, where
+        self.text = TextRetriever(db, encoder, where)
+
+    def retrieve(
+        self, query: Query, k: int, exclude: Set[str] = frozenset(), image: torch.Tensor | None = None
+    ) -> tuple[list[str], np.ndarray]:
+        look = class_token(self.appearance, image)
+        count = min(max(self.pool, k), len(self.db.candidates(k, exclude, self.where)))
+        ids, _ = self.text.retrieve(query, count, exclude)
+        scores = _directions(self.db.class_tokens(ids)) @ look
+        order = np.argsort(-scores, kind="stable")[:k]
+        return [ids[row] for row in order], scores[order].astype(np.float32)
 
 
 class RandomRetriever:
@@ -50,16 +124,17 @@ class RandomRetriever:
     The same query and seed give the same clips. Scores are 0.
     """
 
-    def __init__(self, db: RetrievalDatabase, seed: int = 0) -> None:
-        self.db, self.seed = db, seed
+    def __init__(self, db: RetrievalDatabase, seed: int = 0, where: Where = None) -> None:
+        self.db, self.seed, self.where = db, seed, where
 
-    def retrieve(self, query: Query, k: int, exclude: Set[str] = frozenset()) -> tuple[list[str], np.ndarray]:
-        check_depth(self.db, k, sum(clip_id in self.db for clip_id in exclude))
+    def retrieve(
+        self, query: Query, k: int, exclude: Set[str] = frozenset(), image: torch.Tensor | None = None
+    ) -> tuple[list[str], np.ndarray]:
+        rows = self.db.candidates(k, exclude, self.where)
         data = query.encode() if isinstance(query, str) else _array(query).tobytes()
         words = np.frombuffer(hashlib.sha256(data).digest(), dtype=np.uint32).tolist()
-        left = [clip_id for clip_id in self.db.ids if clip_id not in exclude]
-        chosen = np.random.default_rng([self.seed, *words]).permutation(len(left))[:k]
-        return [left[i] for i in chosen], np.zeros(k, dtype=np.float32)
+        chosen = np.random.default_rng([self.seed, *words]).permutation(len(rows))[:k]
+        return [self.db.ids[rows[i]] for i in chosen], np.zeros(k, dtype=np.float32)
 
 
 class OracleRetriever:
@@ -69,8 +144,8 @@ class OracleRetriever:
     over tokens, after the database's mean is taken off.
     """
 
-    def __init__(self, db: RetrievalDatabase) -> None:
-        self.db = db
+    def __init__(self, db: RetrievalDatabase, where: Where = None) -> None:
+        self.db, self.where = db, where
 
     @cached_property
     def _pooled(self) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +154,9 @@ class OracleRetriever:
         mean = pooled.mean(0)
         return mean, _directions(pooled - mean)
 
-    def retrieve(self, query: Query, k: int, exclude: Set[str] = frozenset()) -> tuple[list[str], np.ndarray]:
+    def retrieve(
+        self, query: Query, k: int, exclude: Set[str] = frozenset(), image: torch.Tensor | None = None
+    ) -> tuple[list[str], np.ndarray]:
         features = None if isinstance(query, str) else _array(query)
         if features is None or list(features.shape) != self.db.manifest["shapes"]["motion"]:
             got = "a text" if features is None else str(features.shape)
@@ -87,11 +164,37 @@ class OracleRetriever:
                 f"the oracle retriever is asked with motion features {self.db.manifest['shapes']['motion']} of "
                 f"the true clip, got {got}"
             )
-        check_depth(self.db, k, sum(clip_id in self.db for clip_id in exclude))
+        rows = self.db.candidates(k, exclude, self.where)
         mean, directions = self._pooled
-        scores = directions @ _directions(features.mean(0) - mean)
-        order = [row for row in np.argsort(-scores, kind="stable") if self.db.ids[row] not in exclude][:k]
-        return [self.db.ids[row] for row in order], scores[order].astype(np.float32)
+        query_direction = _directions(features.mean(0) - mean)
+        found, scores = exact_search(query_direction, rows, lambda block: directions[block], k)
+        return [self.db.ids[row] for row in found[0]], scores[0]
+
+
+def class_token(encoder: AppearanceEncoder, image: torch.Tensor | None) -> np.ndarray:
+    """Direction (E,) of an image's class token; the image as a picture or as features (M,E), see :class:`Retriever`.
+
+    Raises :class:`MotionRAGError` if there is none.
+    """
+    if image is None:
+        raise MotionRAGError("this retriever looks at the input picture and got none; give image=FILE")
+    features = image if image.ndim == 2 else encoder(image.reshape(1, *image.shape[-3:]))[0]
+    return _directions(_array(features)[0])
+
+
+def diverse(embeddings: np.ndarray, scores: np.ndarray, k: int, diversity: float) -> list[int]:
+    """Which ``k`` of candidates to take by maximal marginal relevance, in falling order of score.
+
+    embeddings: (c,W) of length 1; scores: (c,), falling.
+    """
+    chosen = [0]
+    likeness = embeddings @ embeddings[0]
+    while len(chosen) < k:
+        gain = (1 - diversity) * scores - diversity * likeness
+        gain[chosen] = -np.inf
+        chosen.append(int(np.argmax(gain)))
+        likeness = np.maximum(likeness, embeddings @ embeddings[chosen[-1]])
+    return sorted(chosen)
 
 
 def _array(values: np.ndarray | torch.Tensor) -> np.ndarray:
