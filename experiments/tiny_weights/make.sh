@@ -14,13 +14,12 @@ python train_encoders.py appearance
 python ship.py networks transformer videomae dinov2
 cd ../..
 runs=outputs/tiny_weights
-motionrag train experiment=tiny_adapter logger=csv hydra.run.dir=$runs/adapter_1
-motionrag train experiment=tiny_adapter logger=csv hydra.run.dir=$runs/adapter_2 +backbone.min_timestep=400 \
-    module.weights=$runs/adapter_1/weights/adapter.safetensors module.scheduler.max_lr=3e-3 trainer.max_steps=2000
-adapter=$runs/adapter_2/weights/adapter.safetensors
+# two processes of 16 clips, a thread each
+OMP_NUM_THREADS=1 motionrag train experiment=tiny_adapter trainer=ddp_cpu trainer.devices=2 logger=csv hydra.run.dir=$runs/adapter
+adapter=$runs/adapter/weights/adapter.safetensors
 motionrag train experiment=tiny_cama logger=csv hydra.run.dir=$runs/cama resampler_weights=$adapter
 python experiments/tiny_weights/ship.py stages $adapter $runs/cama/weights/cama.safetensors
-for stage in adapter_1 adapter_2 cama; do
+for stage in adapter cama; do
     cp "$(ls $runs/$stage/csv/version_*/metrics.csv | tail -n 1)" experiments/tiny_weights/logs/$stage.csv
 done
 python experiments/tiny_weights/train_backbone.py --check
