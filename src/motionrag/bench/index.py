@@ -1,0 +1,139 @@
+"""How long one query takes: our index, an exact search with NumPy, LanceDB as the reference uses it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from motionrag.errors import MotionRAGError
+from motionrag.retrieval.index import CaptionIndex, build_index, exact_search
+
+Search = Callable[[np.ndarray], np.ndarray]
+
+
+def run(
+    clips: int = 100_000,
+    width: int = 768,
+    kinds: Sequence[str] = ("auto",),
+    k: int = 9,
+    queries: int = 200,
+    lancedb: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Time single queries for the ``k`` nearest of ``clips`` vectors (clips, width), indexes read from disk.
+
+    The vectors lie around clips/50 centres, cosine to the centre about 0.7, as do the queries, which are others.
+    All methods take turns query by query, so that a busy machine slows all of them; times are medians over queries.
+
+    Returns rows {method, build_s, disk_mb, p50_ms, p90_ms, recall, of_numpy, of_lancedb}: recall is the share of
+    the true ``k`` nearest found, the last two how many times faster than those. Raises MotionRAGError if LanceDB is
+    asked for and not installed.
+    """
+    rng = np.random.default_rng(seed)
+    vectors, asked = vectors_like_captions(rng, clips, width, queries)
+    numbers = np.arange(clips)
+    truth, _ = exact_search(asked, numbers, vectors.__getitem__, k)
+    with TemporaryDirectory() as folder:
+        methods: dict[str, tuple[Search, float, float]] = {
+            "numpy, exact": (_numpy(vectors, k), 0.0, vectors.nbytes)
+        }
+        for kind in kinds:
+            start = time.perf_counter()
+            index, about = build_index(numbers, vectors.__getitem__, kind)
+            file = Path(folder) / f"{kind}.faiss"
+            index.save(file)
+            taken = time.perf_counter() - start
+            methods[f"motionrag, {about['kind']}, effort {index.effort}"] = (
+                _ours(file, vectors, k), taken, file.stat().st_size,
+            )  # fmt: skip
+        if lancedb:
+            methods["lancedb, ivf_pq"] = _lancedb(vectors, k, Path(folder) / "lance")
+        times: dict[str, list[float]] = {name: [] for name in methods}
+        found: dict[str, list[np.ndarray]] = {name: [] for name in methods}
+        for search, _, _ in methods.values():
+            search(asked[0])
+        for query in asked:
+            for name, (search, _, _) in methods.items():
+                start = time.perf_counter()
+                rows = search(query)
+                times[name].append(1000 * (time.perf_counter() - start))
+                found[name].append(rows)
+    median = {name: float(np.median(values)) for name, values in times.items()}
+    rows = [
+        {
+            "method": name,
+            "build_s": build,
+            "disk_mb": size / 1e6,
+            "p50_ms": median[name],
+            "p90_ms": float(np.quantile(times[name], 0.9)),
+            "recall": float(
+                np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(found[name], truth, strict=True)])
+            ),
+            "of_numpy": median["numpy, exact"] / median[name],
+            "of_lancedb": median["lancedb, ivf_pq"] / median[name] if lancedb else None,
+        }
+        for name, (_, build, size) in methods.items()
+    ]
+    best = min((row for row in rows if row["method"].startswith("motionrag")), key=lambda row: row["p50_ms"])
+    peer = f", {best['of_lancedb']:.0f}x LanceDB" if lancedb else ""
+    return {
+        "summary": f"{best['method']}: {best['p50_ms']:.2g} ms at recall {best['recall']:.3f}, "
+        f"{best['of_numpy']:.0f}x NumPy{peer}",
+        "title": f"nearest {k} of {clips} x {width}, one query at a time, medians of {queries}",
+        "rows": rows,
+    }
+
+
+def vectors_like_captions(
+    rng: np.random.Generator, clips: int, width: int, queries: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors (clips, width) and queries (queries, width) float32 of length 1 around clips/50 centres."""
+    centres = rng.standard_normal((max(clips // 50, 1), width), np.float32)
+    both = rng.standard_normal((clips + queries, width), np.float32)
+    both += centres[rng.integers(0, len(centres), len(both))]
+    both /= np.linalg.norm(both, axis=1, keepdims=True)
+    return both[:clips], both[clips:]
+
+
+def _numpy(vectors: np.ndarray, k: int) -> Search:
+    def search(query: np.ndarray) -> np.ndarray:
+        scores = vectors @ query
+        best = np.argpartition(-scores, k)[:k]
+        return best[np.argsort(-scores[best])]
+
+    return search
+
+
+def _ours(file: Path, vectors: np.ndarray, k: int) -> Search:
+    index = CaptionIndex.load(file, fetch=vectors.__getitem__)
+    return lambda query: index.search(query, k)[0][0]
+
+
+def _lancedb(vectors: np.ndarray, k: int, folder: Path) -> tuple[Search, float, float]:
+    try:
+        import lancedb
+        from lancedb.index import IvfPq
+    except ImportError as error:
+        raise MotionRAGError(
+            "bench.lancedb=true, but LanceDB is not installed: pip install lancedb"
+        ) from error
+    import pyarrow as pa
+
+    start = time.perf_counter()
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    table = lancedb.connect(str(folder)).create_table(
+        "clips", pa.table({"number": pa.array(np.arange(len(vectors))), "vector": flat})
+    )
+    table.create_index("vector", config=IvfPq(distance_type="dot"))
+    taken = time.perf_counter() - start
+
+    def search(query: np.ndarray) -> np.ndarray:
+        found = table.search(query).distance_type("dot").nprobes(50).refine_factor(30).limit(k)
+        return found.select(["number", "_distance"]).to_arrow()["number"].to_numpy()
+
+    return search, taken, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

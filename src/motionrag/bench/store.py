@@ -1,0 +1,123 @@
+"""How long it takes to open a token store, and to read the references of one sample from it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from motionrag.bench.index import vectors_like_captions
+from motionrag.errors import MotionRAGError
+from motionrag.io import write_json
+from motionrag.retrieval.bank import PartWriter
+from motionrag.retrieval.database import STORE, RetrievalDatabase, build
+
+CAPTION_WIDTH = 64
+
+
+def run(
+    clips: Sequence[int] = (10_000, 100_000),
+    tokens: int = 25,
+    width: int = 1024,
+    part: int = 1000,
+    k: int = 9,
+    reads: int = 200,
+    folder: str = ".",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Write a database of made-up features, open it, read the motion features of ``k`` random clips, remove it.
+
+    The features are (tokens, width) float16, in parts of ``part`` clips; captions are short and appearance features
+    left small, as neither is read here. ``warm`` reads clips whose pages are in memory (read once before).
+
+    Returns rows {clips, disk_gb, write_s, index_s, open_ms, first_id_ms, read_ms, warm_ms}: times are medians;
+    first_id is the first look-up of a clip by its id, which lists them all. Raises MotionRAGError if the disk lacks
+    the space.
+    """
+    rows = []
+    for count in clips:
+        wanted = count * (tokens * width * 2 + CAPTION_WIDTH * 4 + 2000) * 1.1
+        if shutil.disk_usage(folder).free < wanted:
+            raise MotionRAGError(
+                f"{count} clips take {wanted / 1e9:.1f} GB and {folder} has less free; choose bench.folder or fewer clips"
+            )
+        with TemporaryDirectory(dir=folder) as place:
+            path = Path(place) / "db"
+            start = time.perf_counter()
+            write(path, count, (tokens, width), part, seed)
+            written = time.perf_counter()
+            build(path)
+            indexed = time.perf_counter()
+            row = {
+                "clips": count,
+                "disk_gb": sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) / 1e9,
+            }
+            row |= {"write_s": written - start, "index_s": indexed - written, **measure(path, k, reads, seed)}
+            rows.append(row)
+    last = rows[-1]
+    return {
+        "summary": f"{last['clips']} clips: opened in {last['open_ms']:.3g} ms, {k} references in "
+        f"{last['warm_ms']:.2g} ms warm",
+        "title": f"token store, {tokens} x {width} float16, parts of {part}, {k} random references, medians of {reads}",
+        "rows": rows,
+    }
+
+
+def write(path: Path, clips: int, shape: tuple[int, int], part: int, seed: int) -> None:
+    """A token store at ``path``, every clip from a source of its own."""
+    rng = np.random.default_rng(seed)
+    captions, _ = vectors_like_captions(rng, clips, CAPTION_WIDTH, 0)
+    motion = rng.standard_normal((part, *shape), np.float32).astype(np.float16)
+    preview = np.zeros((1, 8, 8, 3), np.uint8)
+    identity = {"name": "none", "width": CAPTION_WIDTH, "weights": "0" * 64}
+    starts = range(0, clips, part)
+    store = {
+        "shards": [{"file": f"clips-{n:06d}.tar"} for n in range(len(starts))],
+        "encoders": dict.fromkeys(("motion", "appearance", "caption"), identity),
+        "sampling": {},
+    }
+    write_json(path / STORE, store)
+    for n, start in enumerate(starts):
+        count = min(part, clips - start)
+        records = [
+            {
+                "id": f"clip-{i:08d}",
+                "caption": f"a clip, number {i}, of something that moves",
+                "motion_caption": f"something moves in way {i}",
+                "source": f"film-{i:08d}.mp4",
+                "metadata": {"split": "train"},
+            }
+            for i in range(start, start + count)
+        ]
+        with PartWriter(path, f"clips-{n:06d}", {"skipped": [], "preview_frames": 1}) as writer:
+            appearance = np.zeros((count, 1, 1), np.float16)
+            writer.add(
+                records, motion[:count], appearance, captions[start : start + count], [preview] * count
+            )
+
+
+def measure(path: Path, k: int, reads: int, seed: int) -> dict[str, float]:
+    """Medians in ms: open, first_id, read (as the pages are), warm."""
+    opened = [_ms(lambda: RetrievalDatabase(path)) for _ in range(9)]
+    db = RetrievalDatabase(path)
+    first = _ms(lambda: db.row("clip-00000000"))
+    rng = np.random.default_rng(seed)
+    read, warm = [], []
+    for _ in range(reads):
+        ids = [db.ids[row] for row in rng.integers(0, len(db), k)]
+        read.append(_ms(lambda ids=ids: db.motion_features(ids)))
+        warm.append(_ms(lambda ids=ids: db.motion_features(ids)))
+    names = ("open_ms", "first_id_ms", "read_ms", "warm_ms")
+    values = (opened, [first], read, warm)
+    return {name: float(np.median(value)) for name, value in zip(names, values, strict=True)}
+
+
+def _ms(work: Any) -> float:
+    start = time.perf_counter()
+    work()
+    return 1000 * (time.perf_counter() - start)
