@@ -23,13 +23,14 @@ MAY_IMPORT = {
     "checkpoint": {"modules"},
     "lit": {"modules", "encoders", "backbones", "checkpoint", "data.batch", "metrics"},
     "release": {"modules", "backbones", "checkpoint"},
+    "describe": {"modules", "encoders", "backbones", "release"},
     "provenance": set(),
     "report": set(),
     "sweeps": set(),
     "generate": {"modules", "encoders", "backbones", "retrieval", "checkpoint", "data.video", "data.batch"},
     "plugin": {"modules", "encoders", "backbones", "retrieval", "checkpoint", "data.video", "generate"},
 }
-FREE = {"cli"}  # the command line puts everything together
+FREE = {"cli", "bench"}  # they put everything together
 THIRD_PARTY = {"modules": {"torch", "einops"}, "metrics": {"torch", "torchmetrics"}}
 
 

@@ -117,7 +117,9 @@ class CAMA(nn.Module):
         appearance = sequence_order(reference_appearance, target_appearance)
         x = self.transformer_input(reference_motion.flip(1), appearance)
         mask = block_causal_mask(appearance.shape[1], self.tokens, x.device)
-        return rearrange(self.transformer(x, mask), "b (s l) d -> b s l d", l=self.tokens)
+        # is_causal: said, since looking for it in the mask would wait for the device at every step
+        x = self.transformer(x, mask, is_causal=False)
+        return rearrange(x, "b (s l) d -> b s l d", l=self.tokens)
 
     def predict(
         self, reference_motion: Tensor, reference_appearance: Tensor, target_appearance: Tensor

@@ -13,7 +13,7 @@ Without gradients the branch runs in its fast form. Motion tokens are few (n) an
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -84,7 +84,7 @@ class AdapterSite(nn.Module):
             return self.project(tokens)
         kept, exact = self.to_q.weight.dtype, torch.promote_types(self.to_q.weight.dtype, torch.float32)
         to_q, to_k, tokens = (t.to(exact) for t in (self.to_q.weight, self.to_k.weight, tokens.to(kept)))
-        with torch.autocast(tokens.device.type, enabled=False):
+        with _no_autocast(tokens.device.type):
             keys = rearrange(tokens @ to_k.mT, "b n (h d) -> b h n d", h=self.heads)
             keys = (keys - keys.mean(2, keepdim=True)) * head_size**-0.5
             keys = keys @ to_q.unflatten(0, (self.heads, -1))
@@ -284,6 +284,12 @@ class MotionAdapter(nn.Module):
             source.register_forward_pre_hook(note_query, prepend=True, with_kwargs=True),
             module.to_out[0].register_forward_pre_hook(add_motion),
         ]
+
+
+def _no_autocast(device: str) -> AbstractContextManager:
+    """Full precision inside; devices without autocast (meta) need nothing for that."""
+    known = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else nullcontext()
 
 
 def _compile_again() -> None:
