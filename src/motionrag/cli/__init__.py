@@ -54,8 +54,6 @@ VERBS: dict[str, Verb] = {
     "report": Verb("run folders -> one self-contained HTML page", "DIR...", "runs", many=True),
     "describe": Verb("sizes, work and memory of a configuration, without its weights", "backbone=NAME"),
     "bench": Verb("measure the speed of one part", "adapter", "bench"),
-    "describe": Verb("sizes, work and memory of a configuration, without its weights", "backbone=NAME"),
-    "bench": Verb("measure the speed of one part", "adapter", "bench"),
     "demo": Verb("all of the above on the tiny configuration", ""),
 }
 
