@@ -1,6 +1,8 @@
 """The index against brute force, whatever its kind; and neighbours against brute force."""
 
+import errno
 import multiprocessing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from motionrag.errors import MotionRAGError
+from motionrag.retrieval import catalog
+from motionrag.retrieval.bank import write_npy
 from motionrag.retrieval.index import CaptionIndex, cell_count, choose_kind, exact_search
 from motionrag.retrieval.neighbours import NEIGHBOUR, Captions, nearest, updated
 
@@ -231,3 +235,15 @@ def test_neighbours_follow_clips_that_come_and_go():
     table = np.concatenate([updated(after, kept, table[kept], gone, new), nearest(after, new, 6)])
     expected = by_brute_force(embeddings[stay], [sources[i] for i in stay], 6, 0.9)
     assert table["number"].tolist() == [[int(stay[i]) if i >= 0 else -1 for i in line] for line in expected]
+
+
+def test_a_full_disk_is_told_as_such():
+    clips = [(0, {"id": "a", "source": "s", "metadata": {}})]
+    for write in (
+        lambda: index_of(vectors(3000)).save("/dev/full"),
+        lambda: catalog.write("/dev/full", clips, catalog.schema(clip for _, clip in clips)),
+        lambda: write_npy(Path("/dev/full"), vectors(3000)),
+    ):
+        with pytest.raises(OSError, match="No space left") as error:
+            write()
+        assert error.value.errno == errno.ENOSPC

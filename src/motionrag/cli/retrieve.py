@@ -25,13 +25,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from hydra.utils import instantiate
 
     from motionrag.errors import MotionRAGError
-    from motionrag.retrieval.database import RetrievalDatabase, check_depth
+    from motionrag.retrieval.database import check_depth
+    from motionrag.retrieval.group import open_database
 
     if cfg.prompt is None and cfg.image is None and cfg.label is None:
         raise MotionRAGError(
             'retrieve needs a prompt (motionrag retrieve "PROMPT" db=DB), image=FILE or label=COLUMN'
         )
-    db = RetrievalDatabase(str(cfg.db))
+    db = open_database(cfg.db)
     check_depth(db, int(cfg.k))  # before the encoder is loaded
     out = Path(str(cfg.out) if cfg.out else HydraConfig.get().runtime.output_dir)
     retriever = instantiate(cfg.retriever, db=db)
