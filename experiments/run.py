@@ -16,6 +16,7 @@ import argparse
 import importlib
 import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def main(name: str) -> None:
         runs: dict[str, list[pd.DataFrame]] = {}
         for seed in spec["seeds"]:
             for arm, overrides in spec["arms"].items():
-                out = OUTPUTS / name / f"{arm.replace('=', '')}-seed{seed}".replace(" ", "_")
+                out = OUTPUTS / name / f"{re.sub('[^A-Za-z0-9.]+', '-', arm)}-seed{seed}"
                 run_arm(out, [f"db={db}", f"shards={shards}", *spec["common"], *overrides, f"seed={seed}"])
                 rows = pd.read_csv(out / "per_clip.csv")
                 rows["domain"] = rows.id.str.split("-").str[1]
