@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from diffusers import CogVideoXImageToVideoPipeline, StableVideoDiffusionPipeline
+from diffusers.hooks import group_offloading
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from torch import nn
@@ -217,11 +218,19 @@ def test_without_references_the_pipeline_is_bare(name, pipe, motion, pictures, c
 def test_several_videos_of_a_picture(packages, pictures, clips):
     pipe = pipeline(SVD.tiny())
     motion = MotionPackage.load(packages["svd"]).attach(pipe)
+    latents = torch.randn(1, 9, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     call = dict(height=32, width=32, num_frames=9, num_inference_steps=1, output_type="pt", references=clips)
-    seeds = [torch.Generator().manual_seed(3) for _ in range(2)]
-    two = pipe(pictures[0], num_videos_per_prompt=2, generator=seeds, **call).frames
-    one = pipe(pictures[0], generator=torch.Generator().manual_seed(3), **call).frames
-    torch.testing.assert_close(two[1:], one, atol=ATOL, rtol=0)
+    one, two = (
+        pipe(
+            pictures[0],
+            num_videos_per_prompt=n,
+            latents=latents.expand(n, -1, -1, -1, -1),
+            generator=torch.manual_seed(3),
+            **call,
+        ).frames
+        for n in (1, 2)
+    )
+    torch.testing.assert_close(two, one.expand_as(two), atol=ATOL, rtol=0)
     motion.detach()
 
 
@@ -343,7 +352,7 @@ def test_two_packages_on_one_pipeline(name, packages, pictures, clips):
     b.detach()
     assert torch.equal(run(pipe, pictures[:1], references=clips[:1]), a_alone)
     b.attach(pipe)  # now the second
-    torch.testing.assert_close(run(pipe, pictures[:1], references=both), together, atol=1e-5, rtol=0)
+    torch.testing.assert_close(run(pipe, pictures[:1], references=both), together, atol=ATOL, rtol=0)
     with pytest.raises(MotionRAGError, match="2 packages are attached: say whose references these are"):
         run(pipe, pictures[:1], references=clips)
     a.detach()
@@ -513,7 +522,9 @@ def test_a_compiled_transformer(cog, packages, pictures, clips, in_place):
     torch.compiler.reset()
 
 
-def test_group_offload_to_disk(cog, packages, pictures, clips, tmp_path):
+def test_group_offload_to_disk(cog, packages, pictures, clips, tmp_path, monkeypatch):
+    """Diffusers' own, but for the one function of accelerate's that it uses: here all is on the CPU anyway."""
+    monkeypatch.setattr(group_offloading, "send_to_device", lambda value, *_, **__: value, raising=False)
     motion = MotionPackage.load(packages["cogvideox"]).attach(cog)
     expected = run(cog, pictures[:1], references=clips)
     cog.transformer.enable_group_offload(
@@ -532,19 +543,20 @@ class AwayHook:
 
     execution_device = "cpu"
 
-    def __init__(self, module):
-        self.module, self.kept = module, {n: p.data for n, p in module.named_parameters()}
-        self.forward, module._hf_hook = module.forward, self
-        module.forward = self
+    def __init__(self, network):
+        self.kept = [(m, dict(m._parameters)) for m in network.modules()]
+        self.forward, network._hf_hook = network.forward, self
+        network.forward = self
         self.away()
 
     def away(self):
-        for parameter in self.module.parameters():
-            parameter.data = torch.empty_like(parameter.data, device="meta")
+        for module, parameters in self.kept:
+            for name, parameter in parameters.items():
+                module._parameters[name] = None if parameter is None else nn.Parameter(parameter.to("meta"))
 
     def __call__(self, *args, **kwargs):
-        for name, parameter in self.module.named_parameters():
-            parameter.data = self.kept[name]
+        for module, parameters in self.kept:
+            module._parameters.update(parameters)
         try:
             return self.forward(*args, **kwargs)
         finally:
@@ -712,8 +724,9 @@ def test_references_that_cannot_be_used(cog, packages, pictures, clips, tmp_path
         ("missing.mp4", {}, "missing.mp4: missing file"),
         (tmp_path, {"motion_prompt": "a ball"}, "expected a retrieval database"),
         (grey[..., :1], {}, r"uint8 \(9, 32, 32, 1\): expected uint8 \(T,H,W,3\)"),
-        (to_float(grey) * 255, {}, "largest value 255"),
-        (to_float(grey)[:0], {}, r"float \(0, 3, 32, 32\)"),
+        (to_float(grey) * 255, {}, "float with values up to 255"),
+        (to_float(grey)[:0], {}, r"float32 \(0, 3, 32, 32\)"),
+        (pictures, {}, "a reference clip is Image: expected uint8"),
         (grey[0], {}, "expected uint8"),
         ([grey] * 32, {}, "k=32: this CAMA takes at most 31"),
     ):

@@ -182,7 +182,7 @@ class MotionPackage:
 
     def _motion(self, call: _Call, references: Any, prompts: Any, k: int | None, scale: float) -> MotionInput:
         """The motion input of one call, (B, n, d) and (1, n, d)."""
-        clips = [references] if isinstance(references, Clip) else list(references)
+        clips = list(references) if isinstance(references, list | tuple) else [references]
         if not clips:
             raise MotionRAGError("references is empty: give at least one clip, or leave it out")
         if len(clips) == 1 and isinstance(clips[0], File) and Path(clips[0]).is_dir():
@@ -205,13 +205,15 @@ class MotionPackage:
         """A reference clip -> (T, 3, H, W) in [-1, 1]."""
         if isinstance(clip, File):  # no more frames than the encoder takes: a reference may be long
             return to_float(read_clip(clip, frames=self.motion_encoder.frames).frames)
-        frames = torch.as_tensor(clip).cpu()
-        if frames.dtype == torch.uint8 and frames.ndim == 4 and frames.shape[-1] == 3:
+        frames = torch.as_tensor(clip).cpu() if isinstance(clip, Clip) else None
+        if frames is None:
+            found = type(clip).__name__
+        elif frames.dtype == torch.uint8 and frames.ndim == 4 and frames.shape[-1] == 3 and len(frames):
             return to_float(frames.numpy())
-        if frames.is_floating_point() and frames.ndim == 4 and frames.shape[1] == 3:
-            if len(frames) and frames.abs().max() <= 1.001:
+        elif frames.is_floating_point() and frames.ndim == 4 and frames.shape[1] == 3 and len(frames):
+            if frames.abs().max() <= 1.001:
                 return frames.float()
-            found = f"float {tuple(frames.shape)}, the largest value {frames.abs().amax() if len(frames) else None}"
+            found = f"float with values up to {frames.abs().max():g}"
         else:
             found = f"{frames.dtype} {tuple(frames.shape)}"
         raise MotionRAGError(
