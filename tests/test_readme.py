@@ -36,6 +36,8 @@ def test_command(words):
     assert program == "motionrag", f"README tells to run {program}: teach this test what that is"
     verb, *typed = rest
     overrides = [word for word in cli.overrides_from_words(verb, typed) if not word.startswith("-")]
+    if "-m" in typed:  # a sweep: its first point
+        overrides = [re.sub(r",[^\[\]]*$", "", word) for word in overrides]
     with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf_dir())):
         cfg = compose(verb, overrides=overrides)
     assert not cli.missing_keys(cfg), "the command leaves required keys unset"
