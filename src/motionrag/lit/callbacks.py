@@ -85,6 +85,7 @@ class Preemption(L.Callback):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._asked = 0  # 1: save, 2: save and requeue
+        self._saved = 0
         self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -100,6 +101,15 @@ class Preemption(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, batch: MotionBatch, idx: int
     ) -> None:
         self._step = trainer.global_step
+        if not self._saved:
+            return
+        # Only now: the saved step is in the logs, and it was not the last one.
+        saved, self._saved = self._saved, 0
+        job = os.environ.get("SLURM_JOB_ID")
+        if job and saved == 2 and trainer.is_global_zero:
+            subprocess.run(["scontrol", "requeue", _slurm_job()], check=True)
+        if saved == 2 or not job:
+            raise SystemExit(128 + signal.SIGTERM)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: MotionBatch, idx: int
@@ -110,17 +120,11 @@ class Preemption(L.Callback):
         if trainer.world_size > 1:
             level = torch.tensor(float(asked), device=trainer.strategy.root_device)
             asked = int(trainer.strategy.reduce(level, reduce_op="max"))
-        if not asked:
-            return
-        self._asked = 0
-        trainer.save_checkpoint(self.path)
-        job = os.environ.get("SLURM_JOB_ID")
-        if trainer.is_global_zero:
-            print(f"asked to stop: saved step {trainer.global_step} to {self.path}", flush=True)
-            if job and asked == 2:
-                subprocess.run(["scontrol", "requeue", _slurm_job()], check=True)
-        if asked == 2 or not job:
-            raise SystemExit(128 + signal.SIGTERM)
+        if asked:
+            self._asked, self._saved = 0, asked
+            trainer.save_checkpoint(self.path)
+            if trainer.is_global_zero:
+                print(f"asked to stop: saved step {trainer.global_step} to {self.path}", flush=True)
 
 
 def _slurm_job() -> str:
