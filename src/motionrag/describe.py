@@ -321,7 +321,7 @@ class Configuration:
         networks = [n for n in vars(self.backbone).values() if isinstance(n, nn.Module)]
         for network in (*networks, self.motion_encoder, self.appearance_encoder):
             if not any(p.device.type != "meta" for p in network.parameters()):
-                network.to(torch.bfloat16)
+                nn.Module.to(network, torch.bfloat16)  # diffusers' own warns about nothing
         for trained in (self.resampler, self.adapter, self.cama):
             trained.to("meta", torch.bfloat16)
 
@@ -399,8 +399,7 @@ def stage_one(c: Configuration) -> dict[str, Any]:
     memory = {"plain": peak_bytes(step, *held)}
     b.denoiser.enable_gradient_checkpointing()
     try:
-        _, again = flops(step)
-        memory["gradient checkpointing"] = peak_bytes(step, *held)
+        memory["gradient checkpointing"], again = flops(lambda: peak_bytes(step, *held))
     finally:
         b.denoiser.disable_gradient_checkpointing()
     whole = sum(found.values())
@@ -458,12 +457,10 @@ def _one_clip(c: Configuration, k: int, steps: int, size: int) -> dict[str, Any]
         _, bare = flops(lambda: b.loss(*conditions))
     with c.adapter.use(c.tokens(2)):
         _, first = flops(lambda: b.loss(*conditions))
-        _, other = flops(lambda: b.loss(*conditions))
-        denoising = peak_bytes(lambda: b.loss(*conditions), b.denoiser, c.adapter)
+        denoising, other = flops(lambda: peak_bytes(lambda: b.loss(*conditions), b.denoiser, c.adapter))
     found["denoiser"] = bare * steps
     found["motion adapter"] = first + other * (steps - 1) - bare * steps
-    decoding = peak_bytes(lambda: b.decode(conditions[0][:1]), b.vae)
-    _, decode = flops(lambda: b.decode(conditions[0][:1]))
+    decoding, decode = flops(lambda: peak_bytes(lambda: b.decode(conditions[0][:1]), b.vae))
     found["autoencoder"] = encode + decode
     memory = {"denoising": denoising, "decoding": decoding}
     return {"flops": found, "total_flops": sum(found.values()), "peak_bytes": memory}
