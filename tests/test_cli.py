@@ -265,7 +265,7 @@ def test_default_run_folder(app, tmp_path):
 def test_sweep(app, tmp_path):
     assert app("x", "k=1,2", "-m", "hydra.sweep.dir=sweep") == 0
     assert [call["k"] for call in app.calls] == [1, 2]
-    assert json.loads((tmp_path / "sweep/1/provenance.json").read_text())["config"]["k"] == 2
+    assert json.loads((tmp_path / "sweep/k=2/provenance.json").read_text())["config"]["k"] == 2
 
 
 def test_cfg_job_shows_the_config_and_runs_nothing(app, capsys):

@@ -30,11 +30,12 @@ chmod 600 "$dir/munge/key"
 munged --force --key-file="$dir/munge/key" --socket="$dir/munge/socket" --pid-file="$dir/munged.pid" \
     --log-file="$dir/munge/log" --seed-file="$dir/munge/seed" 2>/dev/null
 
+port=$((20000 + $$ % 20000 / 2 * 2))  # two clusters may be up at the same time
 cat > "$dir/slurm.conf" <<CONF
 ClusterName=local
 SlurmctldHost=localhost
-SlurmctldPort=16817
-SlurmdPort=16818
+SlurmctldPort=$port
+SlurmdPort=$((port + 1))
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
