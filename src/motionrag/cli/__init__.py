@@ -284,7 +284,10 @@ def _launch(verb: str, words: list[str]) -> int:
         except Exception as error:
             # In a sweep Hydra has to see the failure. In a single run it would add a line of its own.
             line = user_message(error)
-            if line is None or HydraConfig.get().mode == RunMode.MULTIRUN:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                launch.fail_slurm_job()
+                raise
+            if line is None:
                 raise
             mistakes.append(line)
             return None

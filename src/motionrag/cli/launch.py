@@ -8,10 +8,12 @@ already and nothing is started.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 from datetime import timedelta
@@ -84,6 +86,22 @@ def _shared_name() -> str:
     if rank() == 0:
         store.set("motionrag/run", time.strftime("%Y-%m-%d_%H-%M-%S"))
     return store.get("motionrag/run").decode()
+
+
+def fail_slurm_job() -> None:
+    """In a Slurm job of a sweep, let this process end with exit code 2.
+
+    Hydra catches a point's error and submitit hands it over as a result, so that Slurm would call the job completed, and
+    other tasks of it would wait for this one. Nothing happens in the processes of other launchers.
+    """
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)  # an exit code cannot be changed any more; submitit has written the result
+
+    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        atexit.register(leave)
 
 
 def processes(trainer: DictConfig) -> int:
