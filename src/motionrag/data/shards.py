@@ -1,6 +1,6 @@
 """Clips packed into WebDataset tar shards: the original bytes of every video beside what is known about it.
 
-A folder of shards holds ``clips-000000.tar`` ... and ``index.json``. In a tar, the clip ``a b`` is two
+A folder of shards holds ``clips-000000.tar`` ..., ``clips.arrow`` (:mod:`motionrag.data.members`) and ``index.json``. In a tar, the clip ``a b`` is two
 members, ``a b.mp4`` (bytes as found) and ``a b.json`` (:class:`ClipRecord`); ids that tar members or
 WebDataset cannot carry are percent-encoded in member names and whole in the JSON.
 """
@@ -96,6 +96,8 @@ def pack(
     Raises :class:`MotionRAGError` for a bad table, too many unusable rows, or an ``out`` that is in the way;
     nothing is then left at ``out``.
     """
+    from motionrag.data.members import write_table  # which reads what is written here
+
     if shard_size < 1:
         raise MotionRAGError(f"shard_size={shard_size}: expected at least 1 clip in a shard")
     out, videos = Path(out), Path(videos)
@@ -145,6 +147,7 @@ def pack(
             "clips": count,
             "shard_size": shard_size,
             "shards": shards,
+            "table": write_table(partial, [shard["file"] for shard in shards]),
             "skipped": skipped,
             "noted": noted,
         }
@@ -300,7 +303,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     ours = (out / INDEX).is_file() and not [
-        p for p in out.iterdir() if p.name != INDEX and p.suffix != ".tar"
+        p for p in out.iterdir() if p.name not in (INDEX, "clips.arrow") and p.suffix != ".tar"
     ]
     if not ours:
         raise MotionRAGError(f"out={out} is there and is not a folder of shards; choose another place")
