@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "modules": set(),
     "metrics": set(),
     "encoders": {"modules"},
+    "extractors": {"encoders", "metrics.optical_flow", "data.motionworld"},
     "backbones": {"modules", "encoders", "checkpoint"},
     "retrieval": {"encoders"},
     "data": {"retrieval", "encoders"},

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from motionrag.metrics.batch import ClipBatch
 from motionrag.metrics.per_clip import PerClipMetric, check_pair
 
 
@@ -15,20 +16,27 @@ class MotionDistance(PerClipMetric):
 
     A histogram counts log2 |flow| in ``bins`` bins over [-7, 5]; flow outside that range, zero flow
     included, is left out. Every bin gets 0.1 more, then the histogram is normalised. Mean over the frame
-    pairs of a clip, then over clips. The paper's flow is RAFT-large on frames of 256 px short side.
+    pairs of a clip, then over clips. Source: MotionRAG's published code; its flow is RAFT-large on frames of 256 px
+    short side.
     """
 
     higher_is_better = False
     RANGE = (-7.0, 5.0)
     SMOOTHING = 0.1
 
-    def __init__(self, bins: int = 256, **kwargs) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self, bins: int = 256, extractor: Callable[[Tensor], Tensor] | None = None, **kwargs
+    ) -> None:
+        super().__init__(extractor, **kwargs)
         self.bins = bins
+
+    def add(self, batch: ClipBatch) -> None:
+        """Add a batch; the extractor gives flows (B, T-1, 2, H, W)."""
+        self.update(*self.extract(batch, "video", "truth"), batch.ids)
 
     def update(self, pred_flow: Tensor, target_flow: Tensor, clip_ids: Sequence[str]) -> None:
         """Add clips: flows ``(B, T-1, 2, H, W)`` in pixels per frame, and their ids."""
-        check_pair("MotionDistance", pred_flow, target_flow, "B T-1 2 H W")
+        check_pair("MotionDistance", pred_flow, target_flow, "B T-1 2 H W", clip_ids)
         pred, target = self.histogram(pred_flow), self.histogram(target_flow)
         divergence = (target * (target.log() - pred.log())).sum(dim=-1)  # (B, T-1)
         self.record(divergence.mean(dim=1), clip_ids)
