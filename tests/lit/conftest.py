@@ -30,8 +30,9 @@ class MemoryClips:
         self.motion = kinds[torch.arange(count) % 4] + 0.1 * noise
         self.appearance = torch.randn(count, 5, 8, generator=generator)
         self.video = torch.rand(count, 9, 3, 32, 32, generator=generator) * 2 - 1
+        self.shards = self.buffer = None
 
-    def read(self, index):
+    def read(self, index, position=0):
         others = [(index + 4 * j) % len(self.ids) for j in (1, 2)]  # of the same kind
         return {
             "clip_id": self.ids[index],
@@ -53,7 +54,7 @@ def memory_clips():
 @pytest.fixture
 def batch():
     """Two clips."""
-    return Part(MemoryClips(), list(range(12))).__getitems__([(0, 0), (1, 1)])
+    return Part(MemoryClips(), list(range(12))).__getitems__([0, 1])
 
 
 def text(prompts):

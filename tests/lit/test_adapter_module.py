@@ -121,7 +121,7 @@ def test_loss_falls(adapter_module, fit, memory_clips):
 
 def fixed_loss(module, clips):
     """Loss on clips and noise that stay the same."""
-    batch = Part(clips, list(range(12))).__getitems__([(0, i) for i in range(12)])
+    batch = Part(clips, list(range(12))).__getitems__(list(range(12)))
     module.setup("validate")
     with torch.no_grad(), module.motion_adapter.use(module.resampler(batch.target_motion)):
         loss = module.backbone.loss(*module._conditions(batch, "validation")).item()

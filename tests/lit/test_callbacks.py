@@ -14,10 +14,10 @@ def damaged(memory_clips):
     """Clips of which two cannot be read."""
 
     class Damaged(memory_clips):
-        def read(self, index):
+        def read(self, index, position=0):
             if index in (1, 2):
                 raise UnreadableVideo(self.ids[index], "broken")
-            return super().read(index)
+            return super().read(index, position)
 
     return Damaged()
 

@@ -6,24 +6,24 @@ not depend on the number of workers or devices, and a run resumed at place `p` c
 
 import hashlib
 import itertools
-import tarfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import lightning as L
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from motionrag.data.batch import MotionBatch
-from motionrag.data.shards import ClipRecord, ShardIndex
+from motionrag.data.stream import Order, Shards
 from motionrag.data.video import UnreadableVideo, read_clip
 from motionrag.errors import MotionRAGError
+from motionrag.retrieval import catalog
 from motionrag.retrieval.database import RetrievalDatabase
 
 
@@ -32,12 +32,17 @@ class Clips(Protocol):
 
     ids: list[str]
     sources: list[str]  # clips of one source never end up on both sides of the split
+    shards: np.ndarray | None  # number of the shard that each clip lies in; None: every clip costs the same
+    buffer: int | None  # clips shuffled together if they lie in shards; None: all
 
     def split(self, column: str) -> list[str]:
         """Each clip's value in a column of the table."""
 
-    def read(self, index: int) -> dict[str, Any]:
-        """One clip's fields of MotionBatch, without the batch dimension; UnreadableVideo if that fails."""
+    def read(self, index: int, position: int = 0) -> dict[str, Any]:
+        """One clip's fields of MotionBatch, without the batch dimension; UnreadableVideo if that fails.
+
+        What is drawn at random depends on its `position` in the stream.
+        """
 
 
 def to_pixels(frames: np.ndarray, height: int, width: int) -> Tensor:
@@ -53,51 +58,18 @@ def to_pixels(frames: np.ndarray, height: int, width: int) -> Tensor:
     return video[:, :, top : top + height, left : left + width]
 
 
-@dataclass(frozen=True)
-class _Member:
-    """Where a clip's bytes lie."""
-
-    shard: Path
-    offset: int
-    size: int
-    record: ClipRecord
-
-    def bytes(self) -> bytes:
-        """The video file."""
-        with self.shard.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
-
-
-def _members(shard: Path) -> Iterator[_Member]:
-    """Headers and records of a shard; the videos themselves are skipped over."""
-    videos: dict[str, tarfile.TarInfo] = {}
-    records: dict[str, ClipRecord] = {}
-    try:
-        with tarfile.open(shard) as tar:
-            for info in tar:
-                key, _, suffix = info.name.partition(".")
-                if suffix == "json":
-                    records[key] = ClipRecord.from_json(tar.extractfile(info).read())
-                else:
-                    videos[key] = info
-    except (tarfile.TarError, OSError) as error:
-        raise MotionRAGError(f"shard {shard} cannot be read ({error}): pack the clips again") from error
-    for key, record in records.items():
-        if key not in videos:
-            raise MotionRAGError(f"shard {shard}: clip {record.id} has no video: pack the clips again")
-        yield _Member(shard, videos[key].offset_data, videos[key].size, record)
-
-
 class ShardClips:
-    """Clips of WebDataset shards, read by their place in the tar: any order costs the same.
+    """Clips of WebDataset shards, decoded where they are read: only the frames that are wanted.
 
     Args:
-        shards: folder written by `motionrag pack`.
+        shards: what `motionrag pack` wrote: a folder, a URL, or "pipe:COMMAND {file}" (see stream.Shards).
         frames, height, width: size of the clips; scaled to cover it, centre crop.
-        fps: frames at this rate from the clip's start; None: `frames` spread evenly over the clip.
+        fps: frames at this rate from the clip's start, of several rates any one; None: `frames` spread evenly over it.
         db: retrieval database that holds the clips' motion features; None: the training module encodes them.
         keep: hold decoded clips in memory.
+        buffer: clips shuffled together (see stream.Order); None: all, for folders on a fast disk.
+        seed: of what is drawn at random.
+        cache, cache_gb, timeout, tries: for shards that are fetched (see stream.Shards).
     """
 
     def __init__(
@@ -106,14 +78,24 @@ class ShardClips:
         frames: int,
         height: int,
         width: int,
-        fps: float | None = None,
+        fps: float | Sequence[float] | None = None,
         db: str | Path | None = None,
         keep: bool = False,
+        buffer: int | None = 10_000,
+        seed: int = 0,
+        cache: str | Path | None = None,
+        cache_gb: float = 20.0,
+        timeout: float = 30.0,
+        tries: int = 3,
     ) -> None:
-        self.members = [m for shard in ShardIndex.open(shards).files for m in _members(shard)]
-        self.ids = [m.record.id for m in self.members]
-        self.sources = [m.record.source for m in self.members]
-        self.frames, self.size, self.fps = frames, (height, width), fps
+        self.stream = Shards(shards, cache, cache_gb, timeout, tries)
+        self.table = self.stream.table
+        self.ids: list[str] = self.table["id"].to_pylist()
+        self.sources: list[str] = self.table["source"].to_pylist()
+        self.shards, self.buffer = self.stream.numbers(), buffer
+        self.stream.check_room(buffer or len(self.ids))
+        self.frames, self.size, self.seed = frames, (height, width), seed
+        self.rates = list(fps) if isinstance(fps, Sequence) else [fps]
         self.db = RetrievalDatabase(db) if db else None
         if self.db is not None:
             absent = set(self.ids) - set(self.db.ids)
@@ -126,20 +108,25 @@ class ShardClips:
 
     def split(self, column: str) -> list[str]:
         """Each clip's value in a column of the packed table."""
-        return [_column(asdict(m.record), column) for m in self.members]
+        return _column(self.table, column)
 
-    def read(self, index: int) -> dict[str, Any]:
+    def read(self, index: int, position: int = 0) -> dict[str, Any]:
         """One clip: video, caption, and its motion features if there is a database."""
-        member = self.members[index]
-        clip = {"clip_id": member.record.id, "captions": member.record.caption, "video": self._read(index)}
+        drawn = np.random.default_rng((self.seed, position)).integers(len(self.rates))
+        record = catalog.record(self.table, index)
+        clip = {
+            "clip_id": record["id"],
+            "captions": record["caption"],
+            "video": self._read(index, self.rates[drawn]),
+        }
         if self.db is not None:
-            clip["target_motion"] = self.db.motion_features([member.record.id])[0]
+            clip["target_motion"] = self.db.motion_features([record["id"]])[0]
         return clip
 
-    def _decode(self, index: int) -> Tensor:
-        member = self.members[index]
+    def _decode(self, index: int, fps: float | None) -> Tensor:
+        record = catalog.record(self.table, index)
         clip = read_clip(
-            member.bytes(), member.record.start_sec, member.record.end_sec, frames=self.frames, fps=self.fps
+            self.stream.read(index), record["start_sec"], record["end_sec"], frames=self.frames, fps=fps
         )
         return to_pixels(clip.frames, *self.size)
 
@@ -156,14 +143,15 @@ class ReferenceClips:
         self.db = RetrievalDatabase(db)
         self.k = k
         self.ids = self.db.ids
-        self.sources = [self.db.clip(clip_id)["source"] for clip_id in self.ids]
+        self.sources = self.db.column("source")
+        self.shards = self.buffer = None
         self.db.neighbours(self.ids[0], k)  # too large a k should not wait for the first batch
 
     def split(self, column: str) -> list[str]:
         """Each clip's value in a column of the packed table."""
-        return [_column(self.db.clip(clip_id), column) for clip_id in self.ids]
+        return self.db.column(column)
 
-    def read(self, index: int) -> dict[str, Any]:
+    def read(self, index: int, position: int = 0) -> dict[str, Any]:
         """One clip's features and those of its references, nearest first."""
         clip_id = self.ids[index]
         ids = [clip_id, *self.db.neighbours(clip_id, self.k)]
@@ -178,31 +166,42 @@ class ReferenceClips:
         }
 
 
-def _column(clip: dict[str, Any], column: str) -> str:
-    values = {**clip.get("metadata", {}), **clip}
-    if values.get(column) is None:
-        raise MotionRAGError(f"clip {clip['id']} has no column {column!r}, only {', '.join(sorted(values))}")
-    return str(values[column])
+def _column(table: pa.Table, column: str) -> list[str]:
+    if column not in catalog.columns(table):
+        raise MotionRAGError(
+            f"the clips have no column {column!r}, only {', '.join(sorted(catalog.columns(table)))}"
+        )
+    return table[column].to_pylist()
 
 
 class Part(Dataset):
-    """One side of the split; reads whole batches of (position in the stream, place in this part)."""
+    """One side of the split; reads whole batches of positions in a stream of its clips.
 
-    def __init__(self, clips: Clips, indices: list[int]) -> None:
-        self.clips, self.indices = clips, indices
+    Args:
+        clips: all of them.
+        indices: which belong to this part.
+        order: gives for a position a place in `indices`; None: one after the other, from the start again at the end.
+    """
+
+    def __init__(self, clips: Clips, indices: list[int], order: Order | None = None) -> None:
+        self.clips, self.indices, self.order = clips, indices, order
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> MotionBatch:
-        """Batches keep their size, which DDP needs: an unreadable clip gives way to the next readable one, and
-        the batch says so."""
+    def index(self, position: int) -> int:
+        """Which clip comes at a position."""
+        return self.indices[position % len(self) if self.order is None else self.order[position]]
+
+    def __getitems__(self, positions: list[int]) -> MotionBatch:
+        """Batches keep their size, which DDP needs: an unreadable clip gives way to the one that follows it in the
+        stream (which is seen again there), and the batch says so."""
         rows, skipped = [], []
-        for _, place in keys:
-            for offset in range(len(self)):
-                index = self.indices[(place + offset) % len(self)]
+        for position in positions:
+            for ahead in range(position, position + len(self)):
+                index = self.index(ahead)
                 try:
-                    rows.append(self.clips.read(index))
+                    rows.append(self.clips.read(index, position))
                     break
                 except UnreadableVideo as error:
                     skipped.append(f"{self.clips.ids[index]}: {error.reason}")
@@ -210,32 +209,18 @@ class Part(Dataset):
                 raise MotionRAGError(f"none of the {len(self)} clips can be read, the first: {skipped[0]}")
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         fields = {k: torch.stack(v) if isinstance(v[0], Tensor) else v for k, v in columns.items()}
-        return MotionBatch(**fields, position=[position for position, _ in keys], skipped=skipped).check()
+        return MotionBatch(**fields, position=list(positions), skipped=list(dict.fromkeys(skipped))).check()
 
 
-class ClipStream(Sampler[list[tuple[int, int]]]):
-    """Endless batches of (position, place): one shuffled pass over the clips after the other.
+class ClipStream(Sampler[list[int]]):
+    """Endless batches of positions, consecutive over all ranks: two processes of batch n see what one of 2n sees."""
 
-    Positions of a step are consecutive over all ranks, so two processes of batch n see what one of 2n sees.
-    """
+    def __init__(self, batch_size: int, rank: int = 0, world: int = 1, start: int = 0) -> None:
+        self.batch_size, self.step, self.first = batch_size, batch_size * world, start + rank * batch_size
 
-    def __init__(
-        self, clips: int, batch_size: int, seed: int, rank: int = 0, world: int = 1, start: int = 0
-    ) -> None:
-        self.clips, self.batch_size, self.seed = clips, batch_size, seed
-        self.rank, self.world, self.start = rank, world, start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        step = self.batch_size * self.world
-        order: tuple[int, np.ndarray] = (-1, np.empty(0))
-        for first in itertools.count(self.start + self.rank * self.batch_size, step):
-            batch = []
-            for position in range(first, first + self.batch_size):
-                epoch, place = divmod(position, self.clips)
-                if order[0] != epoch:
-                    order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.clips)
-                batch.append((position, int(order[1][place])))
-            yield batch
+    def __iter__(self) -> Iterator[list[int]]:
+        for first in itertools.count(self.first, self.step):
+            yield list(range(first, first + self.batch_size))
 
 
 class MotionDataModule(L.LightningDataModule):
@@ -275,23 +260,20 @@ class MotionDataModule(L.LightningDataModule):
             # of very few clips none may fall below the share: then the lowest source is held out
             limit = max(val_share, min(shares) * (1 + 1e-9)) if val_share else 0.0
             held_out = [share < limit for share in shares]
-        self.train_part = Part(clips, [i for i, val in enumerate(held_out) if not val])
-        self.val_part = Part(clips, [i for i, val in enumerate(held_out) if val])
-        if not len(self.train_part):
+        train = [i for i, val in enumerate(held_out) if not val]
+        if not train:
             raise MotionRAGError(
                 f"no training clips among {len(clips.ids)}: lower val_share or check split_column"
             )
+        shards = None if clips.shards is None else clips.shards[train]
+        self.train_part = Part(clips, train, Order(len(train), seed, shards, clips.buffer))
+        self.val_part = Part(clips, [i for i, val in enumerate(held_out) if val])
         self._resumed = {"clips": 0, "batches": 0}
 
     def train_dataloader(self) -> DataLoader:
         """Endless; starts where a resumed run stopped."""
         stream = ClipStream(
-            len(self.train_part),
-            self.batch_size,
-            self.seed,
-            self.trainer.global_rank,
-            self.trainer.world_size,
-            self._resumed["clips"],
+            self.batch_size, self.trainer.global_rank, self.trainer.world_size, self._resumed["clips"]
         )
         return self._loader(self.train_part, stream)
 
@@ -301,10 +283,8 @@ class MotionDataModule(L.LightningDataModule):
         # whole rounds only: every rank has the same number of batches
         rounds = min(self.val_batches, -(-len(self.val_part) // (size * world)))
         places = range(rounds * size * world)
-        dealt = [
-            places[i : i + size] for i in range(self.trainer.global_rank * size, len(places), size * world)
-        ]
-        batches = [[(p, p % len(self.val_part)) for p in places] for places in dealt]
+        first = self.trainer.global_rank * size
+        batches = [list(places[i : i + size]) for i in range(first, len(places), size * world)]
         return self._loader(self.val_part, batches) if batches else []
 
     def _loader(self, part: Part, batches: Any) -> DataLoader:

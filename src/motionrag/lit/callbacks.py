@@ -5,6 +5,7 @@ import signal
 import subprocess
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from motionrag.checkpoint import save_weights, trainable_state
@@ -38,7 +39,7 @@ class SkippedClips(L.Callback):
             clip, _, reason = line.partition(": ")
             if clip not in self.reasons:
                 self.reasons[clip] = reason
-                rank_zero_warn(f"skipped clip {line}")
+                warnings.warn(f"skipped clip {line}", stacklevel=2)  # in every process: each sees others
         total = len(trainer.datamodule.train_part)
         if len(self.reasons) > self.max_share * total:
             clip, reason = next(iter(self.reasons.items()))
