@@ -40,6 +40,7 @@ class MemoryClips:
             "video": self.video[index],
             "target_motion": self.motion[index],
             "target_appearance": self.appearance[index],
+            "reference_id": [self.ids[i] for i in others],
             "reference_motion": self.motion[others],
             "reference_appearance": self.appearance[others],
         }

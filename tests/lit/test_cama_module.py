@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from motionrag.checkpoint import save_weights
+from motionrag.data.datamodule import Part
 from motionrag.errors import MotionRAGError
 from motionrag.modules.resampler import Resampler
 
@@ -33,6 +34,18 @@ def test_validation_compares_with_simple_predictions(cama_module, batch):
         "val/loss_nearest_reference": F.mse_loss(tokens[:, 0], target),
     }
     torch.testing.assert_close(logged, expected)
+
+
+def test_kept_tokens_are_the_computed_ones(cama_module, memory_clips):
+    part, seen = Part(memory_clips(), list(range(12))), []
+    plain, keeping = cama_module(), cama_module(cache=True)
+    keeping.load_state_dict(plain.state_dict())
+    keeping.resampler.load_state_dict(plain.resampler.state_dict())
+    keeping.resampler.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    for positions in ([0, 1], [1, 4], [0, 5]):
+        batch = part.__getitems__(positions)
+        torch.testing.assert_close(keeping._predict(batch), plain._predict(batch))
+    assert seen == [6]  # all three batches are of the clips 0, 4, 8 and 1, 5, 9
 
 
 def test_loss_falls(cama_module, fit):

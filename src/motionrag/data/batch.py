@@ -22,6 +22,7 @@ class MotionBatch:
     video: Tensor | None = None  # (B, T, 3, H, W) float32 in [-1, 1]
     target_motion: Tensor | None = None  # (B, N, D) float32
     target_appearance: Tensor | None = None  # (B, M, E) float32
+    reference_id: list[list[str]] | None = None  # B x K
     reference_motion: Tensor | None = None  # (B, K, N, D) float32
     reference_appearance: Tensor | None = None  # (B, K, M, E) float32
     # Clips that could not be read and were replaced by the next readable one, "id: reason".

@@ -161,6 +161,7 @@ class ReferenceClips:
             "captions": self.db.caption(clip_id),
             "target_motion": motion[0],
             "target_appearance": appearance[0],
+            "reference_id": ids[1:],
             "reference_motion": motion[1:],
             "reference_appearance": appearance[1:],
         }

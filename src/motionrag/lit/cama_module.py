@@ -27,6 +27,7 @@ class CAMAModule(L.LightningModule):
         optimizer: called with the trainable parameters.
         scheduler: called with the optimizer; steps once per optimizer step.
         weights: CAMA weights file to start from.
+        cache: keep every clip's motion tokens in the CPU's memory once they are computed (small databases).
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class CAMAModule(L.LightningModule):
         resampler_weights: str | None = None,
         scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
         weights: str | None = None,
+        cache: bool = False,
     ) -> None:
         super().__init__()
         if (resampler.tokens, resampler.output_dim) != (cama.tokens, cama.width):
@@ -51,6 +53,7 @@ class CAMAModule(L.LightningModule):
         if weights:
             load_weights(weights, cama=cama)
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
+        self._kept: dict[str, Tensor] | None = {} if cache else None
 
     @property
     def resampler(self) -> Resampler:
@@ -97,9 +100,24 @@ class CAMAModule(L.LightningModule):
 
     def _predict(self, batch: MotionBatch) -> tuple[Tensor, Tensor]:
         """CAMA's tokens and the true ones, both (B, K+1, l, d) in sequence order."""
-        references = self.motion_tokens(batch.reference_motion)
-        truth = sequence_order(references, self.motion_tokens(batch.target_motion))
+        features = torch.cat([batch.reference_motion, batch.target_motion[:, None]], dim=1)
+        tokens = self._tokens(batch, features)
+        references = tokens[:, :-1]
+        truth = sequence_order(references, tokens[:, -1])
         return self.cama(references, batch.reference_appearance, batch.target_appearance), truth
+
+    def _tokens(self, batch: MotionBatch, features: Tensor) -> Tensor:
+        """Motion tokens (B, S, l, d) of the references' and the targets' features (B, S, N, D); with the cache on, each
+        clip's only once."""
+        if self._kept is None:
+            return self.motion_tokens(features)
+        rows = [i for own, clip in zip(batch.reference_id, batch.clip_id, strict=True) for i in (*own, clip)]
+        new = {clip: place for place, clip in enumerate(rows) if clip not in self._kept}
+        if new:
+            tokens = self.motion_tokens(features.flatten(0, 1)[list(new.values())]).cpu()
+            self._kept.update(zip(new, tokens, strict=True))
+        kept = torch.stack([self._kept[clip] for clip in rows]).to(features.device)
+        return kept.unflatten(0, features.shape[:2])
 
     def configure_optimizers(self) -> Any:
         optimizer = self._make_optimizer(self.parameters())
