@@ -1,7 +1,8 @@
-"""Files that are either whole or not there: atomic writes and checksums."""
+"""Files that are either whole or not there: atomic writes, checksums, one writer at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from motionrag.errors import MotionRAGError
 
 
 @contextmanager
@@ -51,3 +54,23 @@ def sha256(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def only_writer(lock: str | Path, busy: str) -> Iterator[None]:
+    """Hold the file ``lock`` (made if missing, with its folder; never removed here) while the block runs.
+
+    The operating system gives it back when the process ends, however it does. Raises :class:`MotionRAGError` with
+    the message ``busy`` at once if another process holds it.
+    """
+    while True:
+        Path(lock).parent.mkdir(parents=True, exist_ok=True)
+        with Path(lock).open("a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise MotionRAGError(busy) from None
+            # The last holder may have removed the file between our open and our lock.
+            if os.path.exists(lock) and os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                yield
+                return

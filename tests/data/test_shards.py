@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from motionrag.data.shards import ClipRecord, ShardIndex, pack, read_shard, read_table
+from motionrag.data.shards import ClipRecord, ShardIndex, pack, read_shard
+from motionrag.data.sources import read_table
 from motionrag.data.video import write_mp4
 from motionrag.errors import MotionRAGError
 

@@ -38,6 +38,7 @@ class Verb:
 
 VERBS: dict[str, Verb] = {
     "pack": Verb("video files and a table of captions -> shards", "table=clips.csv videos=DIR out=DIR"),
+    "caption": Verb("a table of captions -> the same with motion captions", "table=clips.csv out=FILE"),
     "encode": Verb("shards -> a token store: features of every clip, computed once", "shards=DIR out=DB"),
     "index": Verb(
         "token store -> a retrieval database; add, remove, merge, inspect, verify", "[add|...] db=DB", "what"

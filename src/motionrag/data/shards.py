@@ -1,35 +1,55 @@
-"""Clips packed into WebDataset tar shards: the original bytes of every video beside what is known about it.
+"""Clips packed into WebDataset tar shards: the bytes of every video beside what is known about it.
 
-A folder of shards holds ``clips-000000.tar`` ..., ``clips.arrow`` (:mod:`motionrag.data.members`) and ``index.json``. In a tar, the clip ``a b`` is two
-members, ``a b.mp4`` (bytes as found) and ``a b.json`` (:class:`ClipRecord`); ids that tar members or
-WebDataset cannot carry are percent-encoded in member names and whole in the JSON.
+A folder of shards holds ``clips-000000.tar`` ..., ``clips.arrow`` (where every clip lies, see
+:mod:`motionrag.data.members`) and ``index.json``. In a tar, the clip ``a b`` is two
+members, ``a b.mp4`` (bytes as found, or encoded again) and ``a b.json`` (:class:`ClipRecord`); ids that tar
+members or WebDataset cannot carry are percent-encoded in member names and whole in the JSON.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
-import math
+import os
 import shutil
+import signal
+import tempfile
+import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context, parent_process
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-import pandas as pd
 import webdataset as wds
-from rich.progress import track
+from rich.progress import Progress
 
-from motionrag.data.video import Clip, UnreadableVideo, read_clip
+from motionrag.data.captions import rule_caption
+from motionrag.data.sources import (
+    MISSING,
+    REQUIRED_COLUMNS,
+    Place,
+    VideoFolder,
+    check_shares,
+    read_table,
+    recorded,
+    sources_in,
+    split_of,
+)
+from motionrag.data.video import Clip, UnreadableVideo, read_clip, write_mp4
+from motionrag.encoders import uniform_indices
 from motionrag.errors import MotionRAGError
-from motionrag.io import read_json, sha256, write_json
+from motionrag.io import atomic_path, only_writer, read_json, sha256, write_json
 
 SCHEMA = "motionrag.shards/1"
 INDEX = "index.json"
-
-REQUIRED_COLUMNS = ("video", "caption", "motion_caption")
-OPTIONAL_COLUMNS = ("start_sec", "end_sec", "id", "source", "action")
 
 #: Frames that differ nowhere by more than this (of 255, at 64 pixels) show one picture: compression noise.
 _NOISE = 8
@@ -39,10 +59,11 @@ _NOISE = 8
 class ClipRecord:
     """What the shards say about one clip.
 
-    id: unique name. video: path as in the table (of an absolute one the name). source: clips of one source never serve as reference for
-    one another. action: label of the motion, if the table has one. start_sec, end_sec: the span used, in
-    seconds after the first frame (None: the whole file). fps, frames, width, height, duration: as measured
-    by decoding. note: what is not as it should be. metadata: the table's other columns.
+    id: unique name. video: path as in the table (of an absolute one the name). source: clips of one source
+    never serve as reference for one another. action: label of the motion, if the table has one. start_sec,
+    end_sec: the span used, in seconds after the first frame (None: the whole file). fps, frames, width, height,
+    duration: as measured by decoding. note: what is not as it should be. metadata: the table's other columns,
+    and ``split``, ``motion_caption_by``, ``cut_from`` where :func:`pack` made a split, a caption, a cut.
     """
 
     id: str
@@ -76,167 +97,314 @@ def pack(
     table: str | Path,
     videos: str | Path,
     out: str | Path,
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, str | None] | None = None,
+    by_name: bool = False,
+    source_pattern: str | None = None,
+    rule_captions: bool = False,
+    missing_ok: bool = False,
+    exclude: str | Path | None = None,
+    splits: Mapping[str, float] | None = None,
+    seed: int = 0,
+    short_side: int | None = None,
     shard_size: int = 100,
     max_bad: float = 0.1,
     keep_still: bool = False,
     few_frames: int = 8,
+    workers: int = 1,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Pack the clips of ``table`` (CSV or parquet) into shards and return the index that was written.
+    """Pack the clips of ``table`` (CSV, parquet or JSON lines) into shards and return the index.
 
     Every clip is decoded first. Unusable ones (missing, empty, no video, damaged from the start, one frame,
     no motion) are left out and listed with the reason; partly readable ones and those of fewer than
-    ``few_frames`` frames are used and listed with a note. The same input gives the same bytes.
+    ``few_frames`` frames are used and listed with a note. The same input gives the same bytes, whatever the
+    number of workers, and also when the run was killed and started again: finished shards stay in
+    ``.OUT.partial`` until all are there.
 
     columns: names in the table for ``video caption motion_caption start_sec end_sec id source action``.
-    shard_size: clips in a shard. max_bad: largest share (0..1) of rows that may be unusable. keep_still:
-    keep clips without motion. overwrite: replace an earlier folder of shards.
+    by_name: find videos by file name in folders and zip archives (:class:`VideoFolder`). source_pattern: tells
+    the source video from a clip's name (:func:`source_of`). rule_captions: make a motion caption by rules where
+    the table has none. missing_ok: leave rows without a video file out without calling them unusable. exclude:
+    a table (same columns) whose source videos are left out. splits: split -> share of the source videos, each
+    split a folder of shards ``OUT/SPLIT``; seed: chooses who is where. short_side: encode again, cut to the span
+    and scaled to this many pixels (H.264, a key frame every 30, no sound); None: the bytes as they are.
+    shard_size: rows for a shard. max_bad: largest share (0..1) of rows that may be unusable. keep_still: keep
+    clips without motion. workers: processes. overwrite: replace an earlier folder of shards.
 
-    Raises :class:`MotionRAGError` for a bad table, too many unusable rows, or an ``out`` that is in the way;
-    nothing is then left at ``out``.
+    Returns the index that was written, or with splits one of all shards under ``SPLIT/FILE``, and the sizes of
+    the splits under ``splits``. Raises :class:`MotionRAGError` for a bad table, too many unusable rows, a full
+    disk, another run that writes to the same ``out``, or an ``out`` that is in the way; ``out`` is then as it
+    was before.
     """
-    from motionrag.data.members import write_table  # which reads what is written here
-
-    if shard_size < 1:
-        raise MotionRAGError(f"shard_size={shard_size}: expected at least 1 clip in a shard")
-    out, videos = Path(out), Path(videos)
-    _check_out(out, overwrite)
-    if not videos.is_dir():
+    if shard_size < 1 or workers < 1:
+        raise MotionRAGError(f"shard_size={shard_size}, workers={workers}: expected at least 1 of each")
+    if short_side is not None and short_side < 16:
         raise MotionRAGError(
-            f"videos={videos}: no such folder; give the folder that the table's paths start from"
+            f"short_side={short_side}: expected at least 16 pixels, or null for the bytes as found"
         )
-    rows, names = read_table(table, columns or {})
+    if splits is not None:
+        check_shares(splits)
+    out = Path(out)
+    _check_out(out, overwrite)
+    folder = VideoFolder(videos, by_name)
+    rows, names = read_table(
+        table, columns or {}, source_pattern, REQUIRED_COLUMNS[: 2 if rule_captions else 3]
+    )
+    for number, row in enumerate(rows):
+        _prepare(number, row, folder, rule_captions)
+    rows, left_out = _leave_out(
+        rows, sources_in(exclude, columns or {}, source_pattern) if exclude else set(), missing_ok
+    )
+    if not rows:
+        raise MotionRAGError(
+            f"{Path(table).name}: no row is left to pack ({_counts(left_out)}); look at videos={videos} and exclude"
+        )
+    about = {
+        "schema": SCHEMA,
+        "columns": names,
+        "left_out": left_out,
+        "rule_captions": sum(row["metadata"].get("motion_caption_by") == "rules" for row in rows),
+        "seed": seed,
+        "short_side": short_side,
+        "shard_size": shard_size,
+    }
+    options = {"short_side": short_side, "keep_still": keep_still, "few_frames": few_frames}
 
     partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        shards, skipped, noted = [], [], []
-        writer, count = None, 0
-        for number, row in enumerate(track(rows, description="packing", total=len(rows))):
-            try:
-                data, record = _probe(row, videos, keep_still, few_frames)
-            except UnreadableVideo as error:
-                skipped.append({"row": number, "video": row["video"], "reason": error.reason})
-                if len(skipped) > max_bad * len(rows):
-                    raise MotionRAGError(_too_many(table, skipped, number + 1, len(rows), max_bad)) from error
-                continue
-            if record.note:
-                noted.append({"id": record.id, "video": record.video, "note": record.note})
-            if count % shard_size == 0:
-                if writer:
-                    writer.close()
-                shards.append({"file": f"clips-{len(shards):06d}.tar", "clips": 0})
-                # a fixed time: the same clips give the same bytes; PAX: names of any length
-                writer = wds.TarWriter(str(partial / shards[-1]["file"]), mtime=0, format="PAX_FORMAT")
-            writer.write({"__key__": _key(record.id), _suffix(record.video): data, "json": record.to_json()})
-            shards[-1]["clips"] += 1
-            count += 1
-        if writer:
-            writer.close()
-        if not count:
-            raise MotionRAGError(f"{table}: no usable clip; {_list(skipped)}")
-        for shard in shards:
-            file = partial / shard["file"]
-            shard |= {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        index = {
-            "schema": SCHEMA,
-            "columns": names,
-            "rows": len(rows),
-            "clips": count,
-            "shard_size": shard_size,
-            "shards": shards,
-            "table": write_table(partial, [shard["file"] for shard in shards]),
-            "skipped": skipped,
-            "noted": noted,
-        }
-        write_json(partial / INDEX, index)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    busy = f"out={out} is being packed by another process; wait until it has ended or choose another folder"
+    with only_writer(partial / "lock", busy), _room_in(partial, out):
+        try:
+            _check_out(out, overwrite)  # another process may just have ended
+            jobs = _jobs(partial, rows, splits, seed, shard_size, int(max_bad * len(rows)), options)
+            done = _begin(partial, jobs, options | {"splits": splits, "seed": seed}, out, overwrite)
+            results = _run(jobs, done, workers, f"{Path(table).name}", max_bad)
+            index = _write_indexes(partial / "shards", jobs, results, about, splits)
+            if out.exists():
+                out.rename(partial / "replaced")
+            (partial / "shards").rename(out)
+            shutil.rmtree(partial / "done")
+        finally:
+            if not any((partial / "done").glob("*.json")):
+                shutil.rmtree(partial, ignore_errors=True)
     return index
 
 
-def read_table(path: str | Path, columns: Mapping[str, str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of a CSV or parquet as dicts under our column names, and which column became what.
+@dataclass(frozen=True)
+class _Job:
+    """One shard to be: its path below ``partial/shards``, its rows, and what to do with them."""
 
-    Missing values are None; columns that are not ours are gathered under ``metadata``. ``id`` defaults to
-    the stem of the video path, ``source`` to the video path. Raises :class:`MotionRAGError` for an
-    unreadable or empty table, a missing column, a missing or double id.
-    """
-    path = Path(path)
-    known = {name: columns.get(name, name) for name in REQUIRED_COLUMNS + OPTIONAL_COLUMNS}
-    frame = _read_frame(path, known)
-    for name, column in known.items():
-        asked_for = name in REQUIRED_COLUMNS or column != name
-        if asked_for and column not in frame:
-            raise MotionRAGError(
-                f"{path.name}: no column '{column}' for {name}; it has {', '.join(map(str, frame))}; "
-                f"name the right one with columns.{name}=NAME"
-            )
-    if not len(frame):
-        raise MotionRAGError(f"{path.name}: the table has no rows; expected one per clip")
-    present = {name: column for name, column in known.items() if column in frame}
-    others = [column for column in frame if column not in present.values()]
-    rows = []
-    for record in frame.to_dict("records"):
-        row = {name: _plain(record[column]) for name, column in present.items()}
-        row = dict.fromkeys(known) | row
-        row["metadata"] = {str(column): _plain(record[column]) for column in others}
-        if row["video"] is not None:
-            row["id"] = row["id"] or Path(row["video"]).stem
-            row["source"] = row["source"] or _recorded(row["video"])
-        rows.append(row)
-    seen: dict[str, int] = {}
-    for number, row in enumerate(rows):
-        first = seen.setdefault(row["id"], number) if row["id"] is not None else number
-        if first != number:
-            raise MotionRAGError(
-                f"{path.name}: rows {first} and {number} have the same id '{row['id']}'; ids must be unique "
-                "(without an id column the name of the video file is the id): add one with columns.id=NAME"
-            )
-    return rows, present | {"metadata": [str(column) for column in others]}
+    partial: Path
+    file: str
+    rows: list[dict[str, Any]]
+    allowed: int  # unusable rows
+    options: dict[str, Any]
+
+    @property
+    def result(self) -> Path:
+        """What became of it; written when its tar is whole."""
+        return self.partial / "done" / f"{self.file.replace('/', '-')}.json"
 
 
-def _read_frame(path: Path, known: Mapping[str, str]) -> pd.DataFrame:
-    if not path.is_file():
-        raise MotionRAGError(f"table={path}: no such file; expected a CSV or parquet")
+class _NoShardError(Exception):
+    """Nothing is to be written: too many unusable rows, or no usable one."""
+
+
+def _prepare(number: int, row: dict[str, Any], folder: VideoFolder, rule_captions: bool) -> None:
+    """Add a row's number, where its video lies or why it is not there, and the motion caption if it is missing."""
+    row["number"] = number
+    if rule_captions and (row["caption"] or "").strip() and not (row["motion_caption"] or "").strip():
+        row["motion_caption"] = rule_caption(row["caption"])
+        row["metadata"]["motion_caption_by"] = "rules"
+    if row["video"] is None:
+        return
+    if "repeats" in row:
+        row["bad"] = f"repeats row {row['repeats']}"
+        return
     try:
-        if path.suffix.lower() in (".parquet", ".pq"):
-            frame = pd.read_parquet(path)
+        row["place"] = folder.find(row["video"])
+    except UnreadableVideo as error:
+        row["bad"] = error.reason
+
+
+def _leave_out(
+    rows: list[dict[str, Any]], sources: set[str], missing_ok: bool
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The rows to pack, and how many others there are by reason."""
+    left_out: Counter[str] = Counter()
+    kept = []
+    for row in rows:
+        if row["source"] in sources:
+            left_out["source video in the excluded table"] += 1
+        elif missing_ok and row.get("bad") == MISSING:
+            left_out[MISSING] += 1
         else:
-            # Words such as "None" or "NA" are captions, and "007" is a name.
-            texts = {column: str for name, column in known.items() if not name.endswith("_sec")}
-            frame = pd.read_csv(
-                path, dtype=texts, keep_default_na=False, na_values=[""], encoding="utf-8-sig"
+            kept.append(row)
+    return kept, dict(left_out)
+
+
+def _jobs(
+    partial: Path,
+    rows: list[dict[str, Any]],
+    splits: Mapping[str, float] | None,
+    seed: int,
+    size: int,
+    allowed: int,
+    options: dict[str, Any],
+) -> list[_Job]:
+    """The shards, split after split, every ``size`` rows one: what is in a shard depends on no other shard."""
+    parts: dict[str, list[dict[str, Any]]] = {name: [] for name in splits or [""]}
+    for row in rows:
+        name = split_of(str(row["source"]), splits, seed) if splits else ""
+        if splits:
+            row["metadata"]["split"] = name
+        parts[name].append(row)
+    for name, part in parts.items():
+        if not part:
+            raise MotionRAGError(
+                f"split '{name}' gets no clip: {len({row['source'] for row in rows})} source videos are too few for "
+                f"splits={dict(splits)}; choose other shares or another seed"
             )
-    except (ValueError, OSError, pd.errors.ParserError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
-        raise MotionRAGError(f"{path.name}: not a readable CSV (UTF-8) or parquet table: {error}") from error
-    for name, column in known.items():
-        if column in frame and not name.endswith("_sec"):
-            frame[column] = frame[column].map(lambda value: value if pd.isna(value) else str(value))
-    return frame
+    return [
+        _Job(
+            partial,
+            f"{name}{'/' if name else ''}clips-{start // size:06d}.tar",
+            part[start : start + size],
+            allowed,
+            options,
+        )
+        for name, part in parts.items()
+        for start in range(0, len(part), size)
+    ]
 
 
-def _plain(value: Any) -> Any:
-    """A value of a table as JSON knows it; missing ones are None."""
-    if isinstance(value, np.ndarray):
-        return [_plain(item) for item in value.tolist()]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or value is pd.NaT or value is pd.NA:
-        return None
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, (bool, int, str, list, dict)) else str(value)
+def _begin(
+    partial: Path, jobs: list[_Job], plan: dict[str, Any], out: Path, overwrite: bool
+) -> dict[str, dict[str, Any]]:
+    """Results of the shards that an earlier, killed run of the same plan has finished; leftovers go."""
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
+    for job in jobs:
+        rows = [{key: value for key, value in row.items() if key != "place"} for row in job.rows]
+        digest.update(json.dumps([job.file, rows], sort_keys=True).encode())
+    plan_file = partial / "plan.json"
+    same = plan_file.is_file() and read_json(plan_file) == digest.hexdigest()
+    if not same and not overwrite and any((partial / "done").glob("*.json")):
+        raise MotionRAGError(
+            f"{partial} holds finished shards of other rows or options for out={out}; run that command again, choose "
+            "another out, or throw them away with overwrite=true"
+        )
+    for path in partial.iterdir():
+        if path.name != "lock" and not (same and path.name in ("plan.json", "done", "shards", "replaced")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in (partial / "shards").rglob(".*"):
+        path.unlink()
+    (partial / "done").mkdir(exist_ok=True)
+    for job in jobs:
+        (partial / "shards" / job.file).parent.mkdir(parents=True, exist_ok=True)
+    write_json(plan_file, digest.hexdigest())
+    done = {job.file: read_json(job.result) for job in jobs if job.result.is_file()}
+    return {file: result for file, result in done.items() if _whole(partial / "shards" / file, result)}
 
 
-def _probe(row: dict[str, Any], videos: Path, keep_still: bool, few_frames: int) -> tuple[bytes, ClipRecord]:
+def _whole(tar: Path, result: Mapping[str, Any]) -> bool:
+    return not result["clips"] or (tar.is_file() and tar.stat().st_size == result["bytes"])
+
+
+def _run(
+    jobs: list[_Job], done: Mapping[str, dict[str, Any]], workers: int, table: str, max_bad: float
+) -> list[dict[str, Any]]:
+    """The results of all jobs, in order; those that are not done are done now."""
+    todo = [job for job in jobs if job.file not in done]
+    total = sum(len(job.rows) for job in jobs)
+    results: list[dict[str, Any]] = []
+    skipped: list[dict[str, Any]] = []
+    with _map(min(workers, len(todo)), todo) as produced, Progress() as progress:
+        task = progress.add_task("packing", total=total)
+        seen = 0
+        for job in jobs:
+            result = done.get(job.file) or next(produced)
+            numbers = [row["number"] for row in job.rows]
+            for item in result["skipped"]:
+                skipped.append(item)
+                if len(skipped) > max_bad * total:
+                    rows = seen + numbers.index(item["row"]) + 1
+                    raise MotionRAGError(_too_many(table, skipped, rows, total, max_bad))
+            results.append(result)
+            seen += len(job.rows)
+            progress.advance(task, len(job.rows))
+    return results
+
+
+@contextmanager
+def _map(workers: int, jobs: list[_Job]) -> Iterator[Iterator[dict[str, Any]]]:
+    """The jobs' results, in order, made by ``workers`` processes or, up to one, by this one."""
+    if workers < 2:
+        yield map(_write_shard, jobs)
+        return
+    # Spawned: a fork could inherit a lock that a library's thread holds.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker) as pool:
+        try:
+            yield pool.map(_write_shard, jobs)
+        except BrokenProcessPool as error:
+            raise MotionRAGError(
+                "a process that packs was killed (for want of memory?); finished shards are kept: run the same command "
+                "again, with fewer workers"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """End with the main process, however it ends, and leave Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def _write_shard(job: _Job) -> dict[str, Any]:
+    """Write one shard and its result: file, clips, bytes, sha256, skipped, noted. Without a usable clip there is no
+    file; with more unusable ones than all shards together may have, it stops and writes nothing."""
+    skipped: list[dict[str, Any]] = []
+    noted: list[dict[str, Any]] = []
+    result: dict[str, Any] = {"file": job.file, "clips": 0, "skipped": skipped, "noted": noted}
+    try:
+        with atomic_path(job.partial / "shards" / job.file) as temporary:
+            with (
+                temporary.open("wb") as file,
+                # a fixed time: the same clips give the same bytes; PAX: names of any length
+                wds.TarWriter(file, mtime=0, format="PAX_FORMAT") as tar,
+            ):
+                for row in job.rows:
+                    try:
+                        data, record = _clip(row, job.partial, **job.options)
+                    except UnreadableVideo as error:
+                        skipped.append({"row": row["number"], "video": row["video"], "reason": error.reason})
+                        if len(skipped) > job.allowed:
+                            raise _NoShardError from error
+                        continue
+                    if record.note:
+                        noted.append({"id": record.id, "video": record.video, "note": record.note})
+                    tar.write(
+                        {"__key__": _key(record.id), _suffix(record.video): data, "json": record.to_json()}
+                    )
+                    result["clips"] += 1
+            if not result["clips"]:
+                raise _NoShardError
+            result |= {"bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
+    except _NoShardError:
+        result["clips"] = 0
+    if len(skipped) <= job.allowed:
+        write_json(job.result, result)
+    return result
+
+
+def _clip(
+    row: dict[str, Any], scratch: Path, short_side: int | None, keep_still: bool, few_frames: int
+) -> tuple[bytes, ClipRecord]:
     """The bytes of a row's video and its record; :class:`UnreadableVideo` with the reason if it is unusable."""
     name = row["video"]
     if name is None:
@@ -250,13 +418,16 @@ def _probe(row: dict[str, Any], videos: Path, keep_still: bool, few_frames: int)
             span[column] = None if row[column] is None else float(row[column])
         except ValueError:
             raise UnreadableVideo(name, f"{column} is not a number: {row[column]}") from None
-    path = videos / name
-    if not path.exists():
-        raise UnreadableVideo(name, "missing file")
-    if not path.is_file():
-        raise UnreadableVideo(name, "not a file")
-    data = path.read_bytes()
-    clip = read_clip(data, **span, frames=16, short_side=64)
+    if "bad" in row:
+        raise UnreadableVideo(name, row["bad"])
+    place: Place = row["place"]
+    data = place.read()
+    if short_side is None:
+        clip = read_clip(data, **span, frames=16, short_side=64)
+    else:
+        clip = read_clip(data, **span, short_side=short_side)
+        if min(clip.width, clip.height) < short_side:  # never enlarge
+            clip = read_clip(data, **span)
     if not keep_still and clip.decoded == 1:
         raise UnreadableVideo(name, "one frame only, no motion (keep_still=true keeps it)")
     if not keep_still and not _moves(clip):
@@ -267,7 +438,7 @@ def _probe(row: dict[str, Any], videos: Path, keep_still: bool, few_frames: int)
     record = ClipRecord(
         **{column: row[column] for column in ("id", "caption", "motion_caption", "source", "action")},
         **span,
-        video=_recorded(name),
+        video=recorded(name),
         fps=round(clip.fps, 6),
         frames=clip.decoded,
         width=clip.width,
@@ -276,17 +447,90 @@ def _probe(row: dict[str, Any], videos: Path, keep_still: bool, few_frames: int)
         note="; ".join(notes),
         metadata=row["metadata"],
     )
-    return data, record
+    return (data, record) if short_side is None else _encoded(record, clip, scratch)
 
 
-def _recorded(video: str) -> str:
-    """A video's path as shards tell it: absolute ones mean nothing on another machine."""
-    return Path(video).name if Path(video).is_absolute() else video
+def _encoded(record: ClipRecord, clip: Clip, scratch: Path) -> tuple[bytes, ClipRecord]:
+    """The clip's frames as mp4, and the record of that: the span has become the whole file."""
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        data = write_mp4(Path(folder) / "clip.mp4", clip.frames, clip.fps or 1).read_bytes()
+    height, width = (side + side % 2 for side in clip.frames.shape[1:3])  # as write_mp4 pads
+    metadata = dict(record.metadata)
+    if record.start_sec is not None or record.end_sec is not None:
+        metadata["cut_from"] = [record.start_sec, record.end_sec]
+    video = str(PurePosixPath(record.video).with_suffix(".mp4"))
+    return data, replace(
+        record, video=video, width=width, height=height, start_sec=None, end_sec=None, metadata=metadata
+    )
+
+
+def _write_indexes(
+    folder: Path,
+    jobs: list[_Job],
+    results: list[dict[str, Any]],
+    about: dict[str, Any],
+    splits: Mapping[str, float] | None,
+) -> dict[str, Any]:
+    """Write ``index.json`` and the clip table of every split and return the index of all."""
+    from motionrag.data.members import write_table  # which reads what is written here
+
+    indexes = {}
+    for name in splits or [""]:
+        prefix = f"{name}/" if name else ""
+        ours = [pair for pair in zip(jobs, results, strict=True) if pair[0].file.startswith(prefix)]
+        shards = [
+            {key: result[key] for key in ("file", "clips", "bytes", "sha256")}
+            for _, result in ours
+            if result["clips"]
+        ]
+        index = about | {
+            "rows": sum(len(job.rows) for job, _ in ours),
+            "clips": sum(shard["clips"] for shard in shards),
+            "shards": shards,
+            **{key: [item for _, result in ours for item in result[key]] for key in ("skipped", "noted")},
+        }
+        if not shards:
+            of = f" of split '{name}'" if name else ""
+            raise MotionRAGError(f"no usable clip{of}; {_list(index['skipped'])}")
+        indexes[name] = index
+        own = [shard | {"file": shard["file"].removeprefix(prefix)} for shard in shards]
+        table = write_table(folder / name, [shard["file"] for shard in own])
+        own_part = {"shards": own, "table": table} | ({"split": name} if name else {})
+        write_json(folder / name / INDEX, index | own_part)
+    if not splits:
+        return indexes[""]
+    merged = dict(about)
+    for key, start in {"rows": 0, "clips": 0, "shards": [], "skipped": [], "noted": []}.items():
+        merged[key] = sum((index[key] for index in indexes.values()), start=start)
+    return merged | {
+        "splits": {name: {key: index[key] for key in ("rows", "clips")} for name, index in indexes.items()}
+    }
+
+
+@contextmanager
+def _room_in(partial: Path, out: Path) -> Iterator[None]:
+    """Say in one line that the disk is full, and what is kept."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        kept = len(list((partial / "done").glob("*.json")))
+        raise MotionRAGError(
+            f"out={out}: {error.strerror or os.strerror(error.errno)}; {kept} finished shard(s) are kept in {partial.name}: "
+            "make room and run the same command again"
+        ) from error
 
 
 def _moves(clip: Clip) -> bool:
-    differences = np.abs(clip.frames.astype(np.int16) - clip.frames[:1])
-    return bool(differences.max() > _NOISE)
+    """Whether any of 16 frames differs from the first by more than noise, at 64 pixels."""
+    frames = clip.frames[uniform_indices(len(clip.frames), min(16, len(clip.frames)))]
+    count, height, width, _ = frames.shape
+    block = max(1, min(height, width) // 64)  # means of blocks: the noise of single pixels is larger
+    rows, columns = height // block, width // block
+    frames = frames[:, : rows * block, : columns * block].reshape(count, rows, block, columns, block, 3)
+    small = frames.mean((2, 4), dtype=np.float32)
+    return bool(np.abs(small - small[:1]).max() > _NOISE)
 
 
 def _key(clip_id: str) -> str:
@@ -300,20 +544,24 @@ def _suffix(video: str) -> str:
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
+    """Raise unless ``out`` is free, or holds nothing but shards and may be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    ours = (out / INDEX).is_file() and not [
-        p for p in out.iterdir() if p.name not in (INDEX, "clips.arrow") and p.suffix != ".tar"
-    ]
-    if not ours:
+    if not (_only_shards(out) or (out.is_dir() and all(_only_shards(path) for path in out.iterdir()))):
         raise MotionRAGError(f"out={out} is there and is not a folder of shards; choose another place")
     if not overwrite:
         raise MotionRAGError(f"out={out} holds shards already; choose another folder or add overwrite=true")
 
 
-def _too_many(table: str | Path, skipped: list[dict], seen: int, rows: int, max_bad: float) -> str:
+def _only_shards(folder: Path) -> bool:
+    return (folder / INDEX).is_file() and all(
+        path.name in (INDEX, "clips.arrow") or path.suffix == ".tar" for path in folder.iterdir()
+    )
+
+
+def _too_many(table: str, skipped: list[dict], seen: int, rows: int, max_bad: float) -> str:
     return (
-        f"{Path(table).name}: {len(skipped)} of the first {seen} rows ({rows} in all) are unusable, more than "
+        f"{table}: {len(skipped)} of the first {seen} rows ({rows} in all) are unusable, more than "
         f"max_bad={max_bad:g} of all rows allows: {_list(skipped)}; repair them or raise max_bad"
     )
 
@@ -321,6 +569,10 @@ def _too_many(table: str | Path, skipped: list[dict], seen: int, rows: int, max_
 def _list(skipped: list[dict], limit: int = 5) -> str:
     shown = ", ".join(f"{item['video']} ({item['reason']})" for item in skipped[:limit])
     return shown + (f" and {len(skipped) - limit} more" if len(skipped) > limit else "")
+
+
+def _counts(left_out: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} x {reason}" for reason, count in left_out.items())
 
 
 # ---------------------------------------------------------------- reading
