@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize, pad
 
-from motionrag.encoders import AppearanceEncoder, MotionEncoder, resolve_weights
+from motionrag.encoders import AppearanceEncoder, MotionEncoder, _from_pretrained, _require, resolve_weights
 from motionrag.errors import MotionRAGError
 from motionrag.metrics.optical_flow import lucas_kanade, warp
 
@@ -278,16 +278,22 @@ def _encoder(cls: type, path: str, size: int, revision: str | None, device: str)
 def _clip(path: str, revision: str | None, device: str) -> tuple[nn.Module, Any]:
     from transformers import AutoTokenizer, CLIPModel
 
-    folder = resolve_weights(path)
+    model, missing = _from_pretrained(CLIPModel, path, revision)
+    _require(path, missing)
     try:
-        model = CLIPModel.from_pretrained(folder, revision=revision, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(resolve_weights(path), revision=revision)
     except (OSError, ValueError) as error:
-        raise MotionRAGError(
-            f"CLIP weights {path!r} cannot be loaded ({str(error).strip().splitlines()[0]}); give a folder with "
-            "config.json, model.safetensors and tokenizer, or a hub id that is cached or can be fetched"
-        ) from error
+        raise _no_tokenizer(path, str(error).strip().splitlines()[0]) from error
+    words, expected = len(tokenizer), model.config.text_config.vocab_size
+    if words < expected / 2:  # transformers makes an empty tokenizer where the files are missing
+        raise _no_tokenizer(path, f"{words} words, the model knows {expected}")
     return model.requires_grad_(False).eval().to(device), tokenizer
+
+
+def _no_tokenizer(path: str, reason: str) -> MotionRAGError:
+    return MotionRAGError(
+        f"{path}: its tokenizer cannot be loaded ({reason}); expected tokenizer.json beside the weights"
+    )
 
 
 @cache

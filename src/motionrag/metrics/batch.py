@@ -27,7 +27,9 @@ class ClipBatch:
     motion_tokens: Tensor | None = None  # of the generated clip: Resampler(motion encoder(video)), (B, l, d)
     target_tokens: Tensor | None = None  # the adapted tokens that were to be injected, (B, l, d)
     fps: float = 8.0  # of both clips
-    _features: dict = field(default_factory=dict, repr=False)  # (extractor, field) -> features
+    # (extractor, field) -> features: of the generated clips, and of what all ways to generate them share
+    _own: dict = field(default_factory=dict, repr=False)
+    _shared: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.ids = list(self.ids)
@@ -39,11 +41,8 @@ class ClipBatch:
     def with_video(
         self, video: Tensor, motion_tokens: Tensor | None = None, target_tokens: Tensor | None = None
     ) -> ClipBatch:
-        """The same clips generated otherwise; features of the true clips are kept, not computed again."""
-        kept = {key: value for key, value in self._features.items() if key[1] != "video"}
-        return replace(
-            self, video=video, motion_tokens=motion_tokens, target_tokens=target_tokens, _features=kept
-        )
+        """The same clips generated otherwise; features of the true clips are shared, not computed again."""
+        return replace(self, video=video, motion_tokens=motion_tokens, target_tokens=target_tokens, _own={})
 
     def get(self, metric: str, name: str) -> Tensor | list[str]:
         """A field, checked; raises MotionRAGError naming ``metric`` if it is missing, mismatched or not finite."""
@@ -55,28 +54,36 @@ class ClipBatch:
         if len(value) != len(self.ids):
             raise MotionRAGError(f"{metric}: {len(self.ids)} clip ids but {len(value)} entries in {name}")
         if isinstance(value, Tensor):
-            layout = TENSORS[name].split()
-            if value.ndim != len(layout) or any(
-                n != 3 for n, axis in zip(value.shape, layout, strict=True) if axis == "3"
-            ):
-                raise MotionRAGError(
-                    f"{metric}, {clips(self.ids)}: expected {name} ({', '.join(layout)}), got {tuple(value.shape)}"
-                )
-            for clip_id, one in zip(self.ids, value, strict=True):
-                if not one.isfinite().all():
-                    where = "" if one.ndim < 4 else f" in frame {_first_bad(one)}"
-                    raise MotionRAGError(
-                        f"{metric}, clip '{clip_id}': {name} holds NaN or infinity{where}; make the clip again"
-                    )
+            self._check(metric, name, value)
         return value
+
+    def _check(self, metric: str, name: str, value: Tensor) -> None:
+        layout = TENSORS[name].split()
+        channels = value.shape[-3] if "3" in layout and value.ndim == len(layout) else 3
+        if value.ndim != len(layout) or channels != 3 or not value.is_floating_point():
+            raise MotionRAGError(
+                f"{metric}, {clips(self.ids)}: expected {name} ({', '.join(layout)}) float, got "
+                f"{tuple(value.shape)} {value.dtype}"
+            )
+        for clip_id, one in zip(self.ids, value, strict=True):
+            if not one.isfinite().all():
+                frames = (~one.flatten(1).isfinite().all(dim=1)).nonzero() if one.ndim == 4 else []
+                where = f" in frame {int(frames[0])}" if len(frames) else ""
+                raise MotionRAGError(
+                    f"{metric}, clip '{clip_id}': {name} holds NaN or infinity{where}; make the clip again"
+                )
+            if "3" in layout and one.abs().max() > 1.001:
+                raise MotionRAGError(
+                    f"{metric}, clip '{clip_id}': {name} reaches {float(one.abs().max()):.4g}, expected pixels in [-1, 1]"
+                )
 
     def features(self, metric: str, extractor: Callable[[Tensor], Tensor], name: str) -> Tensor:
         """``extractor(field)``, computed once for all metrics whose extractors are equal."""
-        key = (extractor, name)
-        if key not in self._features:
+        known, key = self._own if name == "video" else self._shared, (extractor, name)
+        if key not in known:
             value = self.get(metric, name)
-            self._features[key] = extractor(value[:, None] if name == "first_frame" else value)
-        return self._features[key]
+            known[key] = extractor(value[:, None] if name == "first_frame" else value)
+        return known[key]
 
     def _stack(self, name: str, values: Sequence[Tensor]) -> Tensor:
         for clip_id, value in zip(self.ids, values, strict=False):
@@ -99,8 +106,4 @@ TENSORS = {
 
 def clips(ids: Sequence[str]) -> str:
     """``clip 'a'`` or ``clips 'a' to 'c'``, for messages."""
-    return f"clip '{ids[0]}'" if len(ids) == 1 else f"clips '{ids[0]}' to '{ids[-1]}'"
-
-
-def _first_bad(video: Tensor) -> int:
-    return int((~video.flatten(1).isfinite().all(dim=1)).nonzero()[0])
+    return f"clips '{ids[0]}' to '{ids[-1]}'" if len(ids) > 1 else f"clip {', '.join(map(repr, ids))}"

@@ -43,6 +43,10 @@ class ClipMetric(Metric):
             self.add_state(name, default=[], dist_reduce_fx="cat")
             self.add_state(f"{name}_ids", default=[], dist_reduce_fx="cat")
 
+    def sync(self, dist_sync_fn: Callable | None = None, **kwargs) -> None:
+        """torchmetrics' own, but always with the gathering function given at construction."""
+        super().sync(dist_sync_fn or self.dist_sync_fn, **kwargs)
+
     def add(self, batch: ClipBatch) -> None:
         """Add the clips of a batch."""
         raise NotImplementedError
@@ -99,7 +103,11 @@ def _gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> list[Tens
     """The tensor of every process that has rows; torchmetrics' own gathering fails when one has none."""
     parts: list[Tensor | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(parts, tensor.cpu(), group=group)
-    return [part.to(tensor.device) for part in parts if part.numel()] or [tensor]
+    parts = [part.to(tensor.device) for part in parts if part.numel()] or [tensor]
+    shapes = {tuple(part.shape[1:]) for part in parts}
+    if len(shapes) > 1:
+        raise MotionRAGError(f"metric: processes hold clips of unequal length or width, {sorted(shapes)}")
+    return parts
 
 
 def _to_bytes(clip_id: str) -> Tensor:

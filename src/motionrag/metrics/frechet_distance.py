@@ -131,5 +131,5 @@ def _warn_of_few_samples(name: str, width: int, count: int) -> None:
     warnings.warn(
         f"{name}: {count} samples are fewer than the {width} features; the distance is far above its limit and only "
         "comparable at equal sample counts",
-        stacklevel=3,
+        stacklevel=4,
     )
