@@ -3,6 +3,7 @@
 import io
 import pickle
 import wave
+from dataclasses import replace
 from fractions import Fraction
 
 import av
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from motionrag.data import video
 from motionrag.data.video import UnreadableVideo, read_clip, write_mp4
 from motionrag.encoders import uniform_indices
 
@@ -122,6 +124,75 @@ def test_bytes_read_as_a_file_does(grey_mp4):
     of_file, of_bytes = read_clip(grey_mp4, frames=5), read_clip(grey_mp4.read_bytes(), frames=5)
     np.testing.assert_array_equal(of_file.frames, of_bytes.frames)
     assert of_file.fps == of_bytes.fps
+
+
+@pytest.fixture(scope="module")
+def moving(tmp_path_factory):
+    """Sixty frames of noise that moves, key frames 12 apart, with frames that refer to later ones: closed, open GOPs."""
+    noise = np.random.default_rng(0).integers(0, 255, (48, 200, 3), dtype=np.uint8)
+    frames = np.stack([noise[:, 2 * i : 2 * i + 64] for i in range(60)])
+    folder, paths = tmp_path_factory.mktemp("moving"), []
+    for name in ("closed", "open"):
+        with av.open(str(folder / f"{name}.mp4"), "w") as box:
+            stream = box.add_stream("libx264", rate=FPS)
+            stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+            stream.options = {"g": "12", "bf": "3", "x264-params": f"open-gop={int(name == 'open')}"}
+            for frame in frames:
+                box.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            box.mux(stream.encode())
+        paths.append(folder / f"{name}.mp4")
+    return paths
+
+
+@settings(max_examples=20, deadline=None)
+@given(wanted=st.sets(st.integers(0, 59), min_size=1, max_size=6), kind=st.integers(0, 1))
+def test_decoding_only_what_is_needed_gives_the_same_pictures(moving, wanted, kind):
+    path = moving[kind]
+    some = video._decode_some(path, "x", wanted, video._packets(path, "x"), None)
+    whole = video._decode(path, "x", wanted, None, None)
+    assert some is not None
+    assert some.times == whole.times and some.pictures.keys() == whole.pictures.keys()
+    for number, picture in whole.pictures.items():
+        np.testing.assert_array_equal(some.pictures[number], picture)
+
+
+class Counted:
+    """A container that counts the frames it decodes."""
+
+    def __init__(self, container, counts):
+        self.container, self.counts = container, counts
+
+    def __enter__(self):
+        self.container.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self.container.__exit__(*error)
+
+    def __getattr__(self, name):
+        return getattr(self.container, name)
+
+    def decode(self, stream):
+        self.counts.append(0)
+        for frame in self.container.decode(stream):
+            self.counts[-1] += 1
+            yield frame
+
+
+def test_frames_before_the_key_frame_and_after_the_last_one_are_not_decoded(moving, monkeypatch):
+    counts, open_file = [], video._open
+    monkeypatch.setattr(video, "_open", lambda *args: Counted(open_file(*args), counts))
+    clip = read_clip(
+        moving[0], start_sec=3.0, fps=5, frames=4
+    )  # frames 30, 32, 34, 36 after the key frame 24
+    assert len(clip.frames) == 4 and clip.decoded == 30 and clip.duration == pytest.approx(3)
+    assert counts == [13]
+
+
+def test_a_wrong_promise_is_noticed(moving):
+    packets = video._packets(moving[0], "x")
+    for stamps in (packets.stamps[1:], [s + 1 for s in packets.stamps], [None, *packets.stamps[1:]]):
+        assert video._decode_some(moving[0], "x", {5}, replace(packets, stamps=stamps), None) is None
 
 
 def test_an_empty_span_is_an_error(grey_mp4):

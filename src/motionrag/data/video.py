@@ -90,10 +90,12 @@ def read_clip(
         raise UnreadableVideo(name, "empty file (0 bytes)")
 
     # The packets, which cost nothing to count, tell which frames will be wanted; decoding decides. Where
-    # the two disagree (damage, hidden frames) the file is decoded once more with the right choice.
-    packets, announced = _packet_times(source, name)
-    choice, _ = _choose(packets, start_sec, end_sec, frames, fps)
-    decoded = _decode(source, name, set(choice), end_sec, short_side)
+    # the two disagree (damage, hidden frames) the file is decoded again, from its start.
+    packets = _packets(source, name)
+    choice, span = _choose(packets.times, start_sec, end_sec, frames, fps)
+    decoded = _decode_some(source, name, set(choice), packets, short_side) if choice else None
+    if decoded is None:
+        decoded = _decode(source, name, set(choice), end_sec, short_side)
     if not decoded.times:
         reason = f"damaged data: {decoded.error}" if decoded.error else "no frame can be decoded"
         raise UnreadableVideo(name, reason)
@@ -110,7 +112,7 @@ def read_clip(
 
     notes = []
     if decoded.error:
-        notes.append(f"stops after {len(decoded.times)} of {announced} frames: damaged data")
+        notes.append(f"stops after {len(decoded.times)} of {packets.announced} frames: damaged data")
     if fps and frames:
         missing = frames - _frames_at_rate(decoded.times, span, fps)
         if missing > 0:
@@ -184,8 +186,14 @@ def _open(source: str | Path | bytes, name: str) -> av.container.InputContainer:
     return container
 
 
-def _packet_times(source: str | Path | bytes, name: str) -> tuple[list[float], int]:
-    """Times of the frames as the packets promise them, and how many frames the file announces."""
+@dataclass
+class _Packets:
+    stamps: list[int | None]
+    times: list[float]  # of the frames, as the packets promise them
+    announced: int  # frames
+
+
+def _packets(source: str | Path | bytes, name: str) -> _Packets:
     stamps = []
     with _open(source, name) as container:
         stream = container.streams.video[0]
@@ -196,7 +204,7 @@ def _packet_times(source: str | Path | bytes, name: str) -> tuple[list[float], i
                     stamps.append(packet.pts)
         except av.FFmpegError:
             pass  # decoding meets the same damage and reports it
-        return _times(stamps, stream), max(announced, len(stamps))
+        return _Packets(stamps, _times(stamps, stream), max(announced, len(stamps)))
 
 
 def _times(stamps: list[int | None], stream: av.video.stream.VideoStream) -> list[float]:
@@ -242,6 +250,42 @@ def _rate(times: list[float], span: range, stated: float) -> float:
     return (len(span) - 1) / length if length else stated
 
 
+def _decode_some(
+    source: str | Path | bytes, name: str, wanted: set[int], packets: _Packets, short_side: int | None
+) -> _Decoded | None:
+    """Decode from the key frame before the first wanted frame to the last one, and no more.
+
+    None if that does not go as the packets promise: frames are missing, out of order or damaged.
+    """
+    if None in packets.stamps or len(set(packets.stamps)) < len(packets.stamps):
+        return None
+    stamps = sorted(packets.stamps)
+    numbers = {stamp: number for number, stamp in enumerate(stamps)}
+    first, last = min(wanted), max(wanted)
+    expected = None
+    with _open(source, name) as container:
+        stream = container.streams.video[0]
+        result = _Decoded(packets.times, {}, float(stream.average_rate or 0))
+        convert = _Converter(result, short_side)
+        try:
+            if first:
+                container.seek(stamps[first], stream=stream)
+            for frame in container.decode(stream):
+                number = numbers.get(frame.pts)
+                if expected is None and not frame.key_frame:
+                    continue  # it refers to frames that were not read
+                if number is None or number != (number if expected is None else expected) or frame.is_corrupt:
+                    return None
+                expected = number + 1
+                if number in wanted:
+                    result.pictures[number] = convert(frame)
+                if number >= last:
+                    break
+        except av.FFmpegError:
+            return None
+    return result if result.pictures.keys() == wanted else None
+
+
 def _decode(
     source: str | Path | bytes, name: str, wanted: set[int], end: float | None, short_side: int | None
 ) -> _Decoded:
@@ -250,20 +294,14 @@ def _decode(
     with _open(source, name) as container:
         stream = container.streams.video[0]
         result = _Decoded([], {}, float(stream.average_rate or 0))
-        scaler = av.video.reformatter.VideoReformatter()
+        convert = _Converter(result, short_side)
+        first = None
         try:
             for frame in container.decode(stream):
                 if not stamps:
-                    size = _scaled(frame.width, frame.height, short_side)
-                    turns = round(frame.rotation / 90) % 4
                     first = frame.time
-                    result.width, result.height = frame.width, frame.height
-                    if turns % 2:
-                        result.width, result.height = frame.height, frame.width
                 if len(stamps) in wanted:
-                    # threads=1: more of them deadlock in forked workers
-                    rgb = scaler.reformat(frame, *size, format="rgb24", interpolation="AREA", threads=1)
-                    result.pictures[len(stamps)] = np.rot90(rgb.to_ndarray(), turns)
+                    result.pictures[len(stamps)] = convert(frame)
                 stamps.append(frame.pts)
                 # A second of grace: time stamps may be out of order.
                 if None not in (end, first, frame.time) and frame.time - first > end + 1:
@@ -272,6 +310,25 @@ def _decode(
             result.error = _text(error)
         result.times = _times(stamps, stream)
     return result
+
+
+class _Converter:
+    """Frames to upright pictures, all turned and scaled as the first one; its upright size goes into `result`."""
+
+    def __init__(self, result: _Decoded, short_side: int | None) -> None:
+        self.result, self.short_side = result, short_side
+        self.scaler = av.video.reformatter.VideoReformatter()
+        self.turns: int | None = None
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        if self.turns is None:
+            self.turns = round(frame.rotation / 90) % 4
+            self.size = _scaled(frame.width, frame.height, self.short_side)
+            upright = (frame.height, frame.width) if self.turns % 2 else (frame.width, frame.height)
+            self.result.width, self.result.height = upright
+        # threads=1: more of them deadlock in forked workers
+        rgb = self.scaler.reformat(frame, *self.size, format="rgb24", interpolation="AREA", threads=1)
+        return np.rot90(rgb.to_ndarray(), self.turns)
 
 
 def _scaled(width: int, height: int, short_side: int | None) -> tuple[int, int]:
