@@ -66,9 +66,22 @@ def test_equal_extractors_share_their_network():
 def test_lucas_kanade_finds_a_shift(dx, dy):
     video = moving(dx, dy, 2)[0]
     flow = lucas_kanade(video[:1], video[1:])[0, :, 12:-12, 12:-12]  # away from where the picture wraps
-    assert flow[0].median().item() == pytest.approx(dx, abs=0.1)
-    assert flow[1].median().item() == pytest.approx(dy, abs=0.1)
-    assert (flow - torch.tensor([dx, dy])[:, None, None]).norm(dim=0).median() < 0.4
+    assert flow[0].median().item() == pytest.approx(dx, abs=0.3)
+    assert flow[1].median().item() == pytest.approx(dy, abs=0.3)
+    assert (flow - torch.tensor([dx, dy])[:, None, None]).norm(dim=0).quantile(0.8) < 0.5
+
+
+def test_flow_agrees_with_the_tracks_of_motionworld():
+    from itertools import islice
+
+    from motionrag.data.motionworld import clip_stream, render
+    from motionrag.generate import to_float
+
+    for clip in islice(clip_stream(0, {"known": 1.0}), 3):
+        video = to_float(render(clip, 32))[None]
+        steps = ObjectTrack()(video).diff(dim=1).norm(dim=-1)
+        largest = LucasKanadeFlow()(video).norm(dim=2).flatten(2).topk(51, dim=2).values.mean(dim=2)
+        assert (largest - steps).abs().median() < 0.5
 
 
 def test_flow_without_texture_is_zero():
