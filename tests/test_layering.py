@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "report": set(),
     "sweeps": set(),
     "generate": {"modules", "encoders", "backbones", "retrieval", "checkpoint", "data.video", "data.batch"},
+    "evaluation": {"metrics", "report", "backbones", "retrieval", "data", "generate"},
     "plugin": {"modules", "encoders", "backbones", "retrieval", "checkpoint", "data.video", "generate"},
 }
 FREE = {"cli", "bench"}  # they put everything together

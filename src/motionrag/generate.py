@@ -125,6 +125,15 @@ class MotionRAG:
 
     # --- video -----------------------------------------------------------------------------------------------------
 
+    def encode_contexts(self, prompts: Sequence[str], image: Tensor) -> tuple[Tensor, Tensor]:
+        """Context and null context (B, L, D) of prompts and first frames (B, 3, H, W), for any number of `generate`."""
+        if self.offload:
+            self.backbone.encoders_to(self.device)
+        contexts = self.backbone.encode_context(prompts, image), self.backbone.null_context(image)
+        if self.offload:
+            self.backbone.encoders_to("cpu")
+        return contexts
+
     def generate(
         self,
         image: Tensor,
@@ -136,6 +145,7 @@ class MotionRAG:
         seeds: Sequence[int] = (0,),
         motion_scale: float = 1.0,
         progress: bool = False,
+        contexts: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Videos (B, T, 3, H, W) in [-1, 1], on the CPU.
 
@@ -145,16 +155,13 @@ class MotionRAG:
             tokens: motion tokens (B, l, d); None runs the bare backbone.
             seeds: one for each clip; the same seed gives the same noise with and without tokens.
             motion_scale: weight of the adapter's branch.
+            contexts: what `encode_contexts` gave for these prompts and images; None encodes them.
 
         Raises MotionRAGError for less than one step.
         """
         if steps < 1:
             raise MotionRAGError(f"steps={steps}: expected at least 1 denoising step")
-        if self.offload:
-            self.backbone.encoders_to(self.device)
-        contexts = self.backbone.encode_context(prompts, image), self.backbone.null_context(image)
-        if self.offload:
-            self.backbone.encoders_to("cpu")
+        contexts = contexts or self.encode_contexts(prompts, image)
         options = dict(steps=steps, guidance=guidance, seeds=seeds, progress=progress)
         if tokens is None:
             with self.adapter.use(None):

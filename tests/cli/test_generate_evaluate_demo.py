@@ -11,11 +11,12 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 from motionrag import cli
-from motionrag.cli.evaluate import CONDITIONS, References
 from motionrag.cli.train import make_motionworld
 from motionrag.data.motionworld import make_dataset
 from motionrag.data.shards import pack
 from motionrag.data.video import read_clip
+from motionrag.errors import MotionRAGError
+from motionrag.evaluation.conditions import CONDITIONS, References
 from motionrag.report import write_report
 from motionrag.retrieval.database import RetrievalDatabase
 
@@ -200,7 +201,7 @@ def test_evaluate(run, tmp_path, world):
     assert re.search(r"evaluate: Action Score (known|new): .* -> .* \(3 clips\) -> scores", out)
 
     metrics = json.loads((tmp_path / "scores/metrics.json").read_text())
-    assert metrics.keys() == {"conditions", "settings", "labels", "notes"}
+    assert metrics.keys() >= {"conditions", "settings", "labels", "notes", "seconds", "spread", "differences"}
     assert metrics["notes"] == ["one"] and metrics["settings"]["k"] == 2
     assert list(metrics["conditions"]) == list(CONDITIONS)
     clips = {clip["id"]: clip for clip in json.loads((tmp_path / "scores/clips.json").read_text())}
@@ -249,7 +250,7 @@ def test_evaluate(run, tmp_path, world):
 
 
 def test_a_limit_is_per_domain(run, tmp_path):
-    words = ["conditions=[still]", "limit=1", "trajectory=false", "save_clips=1"]
+    words = ["conditions=[still]", "limit=1", "metrics=[action_score_tiny]", "save_clips=1"]
     assert run("evaluate", *EVALUATE, *words, "out=scores")[0] == 0
     metrics = json.loads((tmp_path / "scores/metrics.json").read_text())
     assert {domain: values["n"] for domain, values in metrics["conditions"]["still"].items()} == {
@@ -285,17 +286,19 @@ def test_references_never_come_from_the_clips_own_source(world):
 
     db = RetrievalDatabase(world / "made/db")
     retriever = TextRetriever(db, CaptionEncoder())
-    find = References(db, retriever, 6, seed=0)
+    find = References(db, retriever, 6, without="domain=new")
     for clip_id in db.ids:
         clip = {**db.clip(clip_id), "id": "under another name"}
         for condition in ("motionrag", "random"):
             assert sorted([*find(clip, condition)[0], clip_id]) == sorted(db.ids)
     new = {i for i in db.ids if db.clip(i)["metadata"]["domain"] == "new"}
-    assert new == find.new and 0 < len(new) < len(db)
-    few = References(db, retriever, 2, seed=0)
+    assert new == find.left_out and 0 < len(new) < len(db)
+    few = References(db, retriever, 2, without=["domain=new"])
     other = {"id": "x", "source": "x", "motion_caption": db.motion_caption(next(iter(new)))}
     assert few(other, "motionrag")[0][0] in new
     assert not new & set(few(other, "known_only")[0])
+    with pytest.raises(MotionRAGError, match="test clip 'x' has no action to search with"):
+        References(db, retriever, 2, query="action")(other, "motionrag")
 
 
 # ---------------------------------------------------------------- demo

@@ -48,7 +48,7 @@ VERBS: dict[str, Verb] = {
     ),
     "train": Verb("train Stage 1 (motion adapter) or Stage 2 (CAMA)", "experiment=NAME"),
     "generate": Verb("image + prompt (+ database) -> mp4", 'image=FILE prompt="..." db=DB', "prompt"),
-    "evaluate": Verb("a test split with and without retrieval -> metrics and clips", "experiment=NAME"),
+    "evaluate": Verb("a test split, or anyone's videos -> metrics, tables, clips", "protocol=NAME"),
     "import": Verb("the reference's checkpoints -> our weights", "release=NAME path=DIR out=DIR"),
     "export": Verb("our weights -> checkpoints of the reference", "release=NAME path=DIR out=DIR"),
     "sweep": Verb("what became of a sweep; run again what failed", "status|retry DIR", "what", many=True),

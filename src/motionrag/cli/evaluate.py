@@ -1,319 +1,287 @@
-"""``motionrag evaluate``: a test split with and without retrieval -> metrics, clips, a table."""
+"""``motionrag evaluate``: a test split with and without retrieval, or anyone's videos -> metrics, clips, tables."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
-import time
-from dataclasses import asdict
+import statistics
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
-    from motionrag.generate import MotionRAG
-    from motionrag.retrieval.database import RetrievalDatabase
-    from motionrag.retrieval.retrievers import Retriever
-
-CONDITIONS = ("backbone", "motionrag", "mean", "random", "oracle", "known_only", "still")
-SHOWN_SIDE = 160  # kept clips are enlarged to about this, so that a browser shows them well
-
-
-def run(cfg: DictConfig) -> dict[str, Any]:
-    """Write ``metrics.json``, ``clips.json``, ``per_clip.csv`` and ``clips/``; see ``conf/evaluate.yaml``."""
-    import torch
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.utils import instantiate
-    from rich.console import Console
-    from rich.progress import track
-
-    from motionrag.backbones.base import RANDOM_WEIGHTS
-    from motionrag.cli.generate import build
-    from motionrag.errors import MotionRAGError
-    from motionrag.io import write_json
-    from motionrag.retrieval.database import RetrievalDatabase, check_depth
-
-    conditions = list(cfg.conditions)
-    unknown = [c for c in conditions if c not in CONDITIONS]
-    if unknown or not conditions:
-        raise MotionRAGError(
-            f"conditions={conditions}: unknown {unknown}; choose from {', '.join(CONDITIONS)}"
-        )
-    db = RetrievalDatabase(str(cfg.db))
-    check_depth(db, int(cfg.k))
-    model = build(cfg)
-    db.check_encoders({"motion": model.motion_encoder, "appearance": model.appearance_encoder})
-    clips = read_split(Path(str(cfg.shards)), model.backbone, cfg.limit)
-    finder = References(db, instantiate(cfg.retriever, db=db), int(cfg.k), int(cfg.seed))
-    if "known_only" in conditions:
-        check_depth(db, int(cfg.k), len(finder.new))  # now, not after the conditions before it
-    scores = Scores(model, bool(cfg.trajectory))
-    out = Path(str(cfg.out) if cfg.out else HydraConfig.get().runtime.output_dir)
-    shown = Gallery(out, db, model.backbone.fps, int(cfg.save_clips), finder)
-
-    batches = [clips[i : i + int(cfg.batch_size)] for i in range(0, len(clips), int(cfg.batch_size))]
-    for condition in conditions:
-        for batch in track(batches, description=f"{condition:<10}"):
-            truth = torch.stack([clip["video"] for clip in batch])
-            start = time.perf_counter()
-            video = generate(model, cfg, condition, batch, truth, finder)
-            seconds = (time.perf_counter() - start) / len(batch)
-            scores.add(condition, batch, video, truth, seconds)
-            shown.add(condition, batch, video)
-    table, per_clip = scores.table(), scores.per_clip
-    settings = {key: cfg[key] for key in ("k", "steps", "guidance", "motion_scale", "seed")}
-    settings |= {"backbone": model.backbone.name, "database": f"{len(db)} clips", "test clips": len(clips)}
-    notes = list(cfg.notes)
-    if model.backbone.random_weights:
-        notes.append(RANDOM_WEIGHTS.format(model.backbone.name))
-    result = {"conditions": table, "settings": settings, "labels": LABELS, "notes": notes}
-    write_json(out / "metrics.json", result)
-    shown.write(per_clip)
-    write_csv(out / "per_clip.csv", per_clip)
-    Console().print(*rich_tables(table))
-    best = {d: v["action_score"] for d, v in table[conditions[-1 if len(conditions) < 2 else 1]].items()}
-    first = {d: v["action_score"] for d, v in table[conditions[0]].items()}
-    summary = ", ".join(f"{d}: {first[d]:.1f} -> {best[d]:.1f}" for d in first)
-    return {"summary": f"Action Score {summary} ({len(clips)} clips) -> {out}", "conditions": table}
-
+    from motionrag.evaluation.gallery import Gallery
+    from motionrag.evaluation.scores import Metrics, Scores
+    from motionrag.evaluation.tables import PaperTable
 
 LABELS = {
     "mean": "mean of references, no CAMA",
     "known_only": "database without new motions",
     "still": "still first frame",
 }
+#: What a protocol fixes; a run that changes any of it says so in its notes.
+FIXED = (
+    "k",
+    "query",
+    "conditions",
+    "without",
+    "steps",
+    "guidance",
+    "motion_scale",
+    "seeds",
+    "limit",
+    "metrics",
+)
 
 
-def clip_seed(seed: int, clip_id: str) -> int:
-    """A 63-bit seed for one clip: its noise is the same in every condition, batch and process."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{clip_id}".encode()).digest()[:8], "big") >> 1
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Write ``metrics.json``, ``clips.json``, ``per_clip.csv``, ``table.*`` and ``clips/``; see ``conf/evaluate.yaml``."""
+    from hydra.core.hydra_config import HydraConfig
+    from rich.console import Console
+
+    from motionrag.evaluation.tables import paper_tables, write_tables
+    from motionrag.io import write_json
+
+    out = Path(str(cfg.out) if cfg.out else HydraConfig.get().runtime.output_dir)
+    work = score_folders if cfg.clips or cfg.truth else score_split
+    scores, gallery, settings, notes = work(cfg, out)
+
+    result = {"spread": scores.spread(), "differences": scores.differences(), "seconds": scores.seconds()}
+    result = {"conditions": scores.table(), "settings": settings, "labels": LABELS, **result}
+    result["notes"] = [*cfg.notes, *notes, *changes(cfg)]
+    result["notes"] += [f"without {name}, which failed: {why}" for name, why in scores.metrics.failed.items()]
+    per_clip = scores.per_clip()
+    gallery.write({i: mean_over_seeds(conditions) for i, conditions in per_clip.items()})
+    write_csv(out / "per_clip.csv", per_clip)
+    tables = paper_tables(result, list(cfg.table), settings.get("backbone"))
+    write_tables(out, tables)
+    write_json(out / "metrics.json", result)
+
+    console = Console()
+    console.print(*rich_tables(result["conditions"]))
+    for table in tables:
+        if len(table.rows) > 1:
+            console.print(rich_paper_table(table))
+    for note in result["notes"][len(cfg.notes) :]:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    return {"summary": f"{summary(result['conditions'])} -> {out}", "conditions": result["conditions"]}
 
 
-def read_split(shards: Path, backbone: Any, limit: int | None) -> list[dict[str, Any]]:
-    """Test clips as dicts: the shard's columns, `video` (T, 3, H, W), `domain` ("all" where there is none)."""
-    from motionrag.data.shards import ShardIndex, read_shard
-    from motionrag.data.video import read_clip
+Work = tuple["Scores", "Gallery", dict[str, Any], list[str]]
+
+
+def score_split(cfg: DictConfig, out: Path) -> Work:
+    """Generate the clips of a test split under every condition and seed, and measure them."""
+    from hydra.utils import instantiate
+    from rich.progress import track
+
+    from motionrag.backbones.base import RANDOM_WEIGHTS
+    from motionrag.cli.generate import build
     from motionrag.errors import MotionRAGError
-    from motionrag.generate import fit, to_float
+    from motionrag.evaluation.conditions import CONDITIONS, Generation, References, warm_up
+    from motionrag.evaluation.gallery import Gallery, VBench
+    from motionrag.evaluation.scores import Scores
+    from motionrag.evaluation.split import read_split
+    from motionrag.metrics.batch import ClipBatch
+    from motionrag.retrieval.database import RetrievalDatabase, check_depth
 
-    clips: list[dict[str, Any]] = []
-    counts: dict[str, int] = {}
-    for file in ShardIndex.open(shards).files:
-        for record, data in read_shard(file):
-            domain = str(record.metadata.get("domain") or "all")
-            if limit is not None and counts.get(domain, 0) >= limit:
-                continue
-            counts[domain] = counts.get(domain, 0) + 1
-            decoded = read_clip(
-                data, record.start_sec, record.end_sec, frames=backbone.frames, fps=backbone.fps
-            )
-            video = fit(to_float(decoded.frames), backbone.height, backbone.width)
-            clips.append({**asdict(record), "domain": domain, "video": video})
-    if not clips:
-        raise MotionRAGError(f"shards={shards}: no test clips there; pack some with motionrag pack")
-    return clips
+    conditions, seeds = list(cfg.conditions), [int(seed) for seed in cfg.seeds]
+    unknown = [c for c in conditions if c not in CONDITIONS]
+    if unknown or not conditions:
+        raise MotionRAGError(
+            f"conditions={conditions}: unknown {unknown}; choose from {', '.join(CONDITIONS)}"
+        )
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise MotionRAGError(f"seeds={seeds}: expected at least one, each once")
+    for node in cfg.make:
+        instantiate(node)
+    check_inputs(cfg)
+    total = batches(cfg)
+    db = RetrievalDatabase(str(cfg.db))
+    check_depth(db, int(cfg.k))
+    metrics = load_metrics(cfg)
+    model = build(cfg)
+    db.check_encoders({"motion": model.motion_encoder, "appearance": model.appearance_encoder})
+    find = References(db, instantiate(cfg.retriever, db=db), int(cfg.k), str(cfg.query), cfg.without)
+    if "known_only" in conditions:
+        check_depth(db, int(cfg.k), len(find.left_out))  # now, not after the conditions before it
+    fps, sampling = model.backbone.fps, {key: cfg[key] for key in ("steps", "guidance", "motion_scale")}
+    scores, gallery = Scores(metrics, int(cfg.resamples)), Gallery(out, fps, int(cfg.save_clips), db)
+    vbench = VBench(out, fps) if cfg.export_vbench else None
+
+    count = 0
+    split = read_split(str(cfg.shards), model.backbone, cfg.limit, int(cfg.batch_size))
+    for clips in track(split, description="evaluating", total=total):
+        if not count:
+            warm_up(model, find, clips, conditions, **sampling)
+        generation = Generation(model, find, clips, **sampling)
+        measured: ClipBatch | None = None
+        for seed in seeds:
+            for condition in conditions:
+                video, seconds = generation.video(condition, seed)
+                tokens = [None, None]
+                if metrics.need_tokens:
+                    tokens = [generation.output_tokens(video), generation.tokens("motionrag", seed)]
+                if measured is None:
+                    measured = ClipBatch(
+                        clips.ids, video, clips.truth, clips.captions, clips.truth[:, 0], *tokens, fps=fps
+                    )
+                else:  # features of the true clips stay
+                    measured = measured.with_video(video, *tokens)
+                scores.add(condition, clips.domain, seed, measured, seconds)
+                if seed == seeds[0]:
+                    nearest = partial(generation.references, "motionrag", seed)
+                    gallery.add(condition, clips.records, clips.truth, video, nearest)
+                if vbench:
+                    vbench.add(condition, seeds.index(seed), clips.records, clips.truth[:, 0], video)
+        count += len(clips.records)
+    if vbench:
+        vbench.write()
+    settings = {key: OmegaConf.to_container(cfg)[key] for key in ("k", *sampling)} | {"seeds": seeds}
+    settings |= {"backbone": model.backbone.name, "database": f"{len(db)} clips", "test clips": count}
+    settings |= {"protocol": str(cfg.protocol)} if cfg.protocol else {}
+    notes = [RANDOM_WEIGHTS.format(model.backbone.name)] if model.backbone.random_weights else []
+    return scores, gallery, settings, notes
 
 
-class References:
-    """Finds the reference clips of a test clip, by its motion caption; never clips of its own source."""
+def score_folders(cfg: DictConfig, out: Path) -> Work:
+    """Measure videos that lie in folders."""
+    from rich.progress import track
 
-    def __init__(self, db: RetrievalDatabase, retriever: Retriever, k: int, seed: int):
-        from motionrag.retrieval.retrievers import RandomRetriever
+    from motionrag.errors import MotionRAGError
+    from motionrag.evaluation.folders import open_folders
+    from motionrag.evaluation.gallery import Gallery, VBench
+    from motionrag.evaluation.scores import Scores
+    from motionrag.metrics.batch import ClipBatch
 
-        self.db, self.k = db, k
-        self.retriever, self.random = retriever, RandomRetriever(db, seed)
-        self.new: set[str] = set()
-        self.by_source: dict[str, set[str]] = {}
-        for clip_id in db.ids:
-            clip = db.clip(clip_id)
-            self.by_source.setdefault(clip["source"], set()).add(clip_id)
-            if clip["metadata"].get("domain") == "new":
-                self.new.add(clip_id)
+    if not cfg.clips or not cfg.truth:
+        lacking = "truth" if cfg.clips else "clips"
+        raise MotionRAGError(f"{lacking}=DIR is missing: evaluate clips=DIR truth=DIR, or shards=DIR db=DB")
+    made = dict(cfg.clips) if OmegaConf.is_dict(cfg.clips) else {"clips": str(cfg.clips)}
+    folders = open_folders(made, str(cfg.truth), cfg.prompts)
+    metrics = load_metrics(cfg)
+    scores = Scores(metrics, int(cfg.resamples))
+    gallery = vbench = None
+    for clip_id in track(folders.ids, description="evaluating"):
+        videos, truth, fps = folders.read(clip_id)
+        gallery = gallery or Gallery(out, fps, int(cfg.save_clips))
+        vbench = vbench or (VBench(out, fps) if cfg.export_vbench else None)
+        prompt, domain = folders.prompts.get(clip_id), folders.domains[clip_id]
+        record = {"id": clip_id, "domain": domain, "caption": prompt or clip_id, "motion_caption": ""}
+        batch = ClipBatch(
+            [clip_id], truth[None], truth[None], [prompt] if prompt else None, truth[None, 0], fps=fps
+        )
+        for condition, video in videos.items():
+            batch = batch.with_video(video[None])
+            scores.add(condition, domain, 0, batch)
+            gallery.add(condition, [record], truth[None], video[None])
+            if vbench:
+                vbench.add(condition, 0, [record], truth[None, 0], video[None])
+    if vbench:
+        vbench.write()
+    settings = {"clips": made, "truth": str(cfg.truth), "test clips": len(folders.ids)}
+    return scores, gallery, settings, []
 
-    def __call__(self, clip: dict[str, Any], condition: str) -> tuple[list[str], np.ndarray]:
-        """Ids nearest first, and scores."""
-        own = self.by_source.get(clip["source"], set())
-        if condition == "random":
-            return self.random.retrieve(clip["motion_caption"], self.k, own)
-        return self.retriever.retrieve(
-            clip["motion_caption"], self.k, own | (self.new if condition == "known_only" else set())
+
+def load_metrics(cfg: DictConfig) -> Metrics:
+    """The metrics of the config, before anything is generated."""
+    from hydra.utils import instantiate
+
+    from motionrag.errors import MotionRAGError
+    from motionrag.evaluation.scores import Metrics
+
+    if not cfg.metrics:
+        raise MotionRAGError("metrics=[]: choose at least one, e.g. metrics=[action_score,dino_score]")
+    makers = {str(name): partial(instantiate, node) for name, node in cfg.metrics.items()}
+    return Metrics(makers, str(cfg.metric_errors))
+
+
+def check_inputs(cfg: DictConfig) -> None:
+    """Raise MotionRAGError unless the test split and the database are named, and all that a protocol needs is there."""
+    from motionrag.errors import MotionRAGError
+
+    for key, how in cfg.needs.items():
+        path = OmegaConf.select(cfg, str(key))
+        if path is None or not (Path(str(path)).exists() or str(path).startswith("pkg:")):
+            raise MotionRAGError(f"protocol={cfg.protocol}: {key}={path} is not there; {how}")
+    if missing := [key for key in ("shards", "db") if not cfg[key]]:
+        given = " ".join(f"{key}=DIR" for key in missing)
+        raise MotionRAGError(
+            f"evaluate needs {given}: motionrag evaluate shards=DIR db=DB, protocol=NAME, or clips=DIR truth=DIR"
         )
 
 
-def generate(
-    model: MotionRAG,
-    cfg: DictConfig,
-    condition: str,
-    batch: list[dict],
-    truth: torch.Tensor,
-    find: References,
-) -> torch.Tensor:
-    """Videos (B, T, 3, H, W) of one condition from the first frames of `truth`."""
-    import torch
+def batches(cfg: DictConfig) -> int | None:
+    """How many batches a split gives, if that can be told beforehand."""
+    from motionrag.data.shards import ShardIndex
 
-    image = truth[:, 0]
-    if condition == "still":
-        return truth[:, :1].expand_as(truth)
-    tokens = None
-    if condition == "oracle":
-        tokens = model.motion_tokens(model.motion_encoder(truth))
-    elif condition != "backbone":
-        ids = [find(clip, condition)[0] for clip in batch]
-        motion = torch.stack([find.db.motion_features(i) for i in ids])
-        if condition == "mean":
-            tokens = model.motion_tokens(motion).mean(1)
-        else:
-            tokens = model.adapt(motion, torch.stack([find.db.appearance_features(i) for i in ids]), image)
-    return model.generate(
-        image, [clip["caption"] for clip in batch], tokens, steps=int(cfg.steps), guidance=float(cfg.guidance),
-        seeds=[clip_seed(int(cfg.seed), clip["id"]) for clip in batch], motion_scale=float(cfg.motion_scale),
-    )  # fmt: skip
+    clips = len(ShardIndex.open(str(cfg.shards)))
+    return None if cfg.limit is not None else -(-clips // int(cfg.batch_size))
 
 
-class Scores:
-    """All metrics, per condition and domain; the metrics' own classes keep the per-clip values."""
+def changes(cfg: DictConfig) -> list[str]:
+    """What of the chosen protocol this run does otherwise, as one note."""
+    if not cfg.protocol:
+        return []
+    from hydra import compose
 
-    def __init__(self, model: MotionRAG, trajectory: bool):
-        self.model, self.trajectory = model, trajectory
-        self.metrics: dict[tuple[str, str], dict[str, Any]] = {}
-        self.seconds: dict[str, list[float]] = {}
-        self.domains: dict[str, str] = {}
-
-    def add(
-        self, condition: str, batch: list[dict], video: torch.Tensor, truth: torch.Tensor, seconds: float
-    ) -> None:
-        """Measure one batch; `seconds` is the time per clip it took to generate."""
-        import torch
-
-        from motionrag.data.motionworld import track_object
-        from motionrag.generate import to_uint8
-        from motionrag.metrics.action_score import ActionScore
-        from motionrag.metrics.dino_score import DinoScore
-        from motionrag.metrics.trajectory_error import TrajectoryError
-
-        self.seconds.setdefault(condition, []).extend([seconds] * len(batch))
-        logits = self.model.motion_encoder.logits
-        class_token = [
-            self.model.appearance_encoder(v.flatten(0, 1))[:, 0].unflatten(0, v.shape[:2])
-            for v in (video, truth)
-        ]
-        values = {
-            "action_score": (ActionScore, logits(video), logits(truth)),
-            "dino_score": (DinoScore, *class_token),
-        }
-        if self.trajectory:
-            paths = [
-                torch.stack([torch.from_numpy(track_object(c)) for c in to_uint8(v)]) for v in (video, truth)
-            ]
-            values["trajectory_error"] = (TrajectoryError, *paths)
-        for row, clip in enumerate(batch):
-            self.domains[clip["id"]] = clip["domain"]
-            found = self.metrics.setdefault((condition, clip["domain"]), {})
-            for name, (metric, pred, target) in values.items():
-                found.setdefault(name, metric()).update(
-                    pred[row : row + 1], target[row : row + 1], [clip["id"]]
-                )
-
-    def table(self) -> dict[str, dict[str, dict[str, float]]]:
-        """condition -> domain -> metric -> mean, with the number of clips `n`."""
-        out: dict[str, dict[str, dict[str, float]]] = {}
-        for (condition, domain), metrics in self.metrics.items():
-            row = {name: float(metric.compute()) for name, metric in metrics.items()}
-            row["seconds_per_clip"] = sum(self.seconds[condition]) / len(self.seconds[condition])
-            row["n"] = len(next(iter(metrics.values())).per_clip())
-            out.setdefault(condition, {})[domain] = row
-        return out
-
-    @property
-    def per_clip(self) -> dict[str, dict[str, dict[str, float]]]:
-        """clip id -> condition -> metric -> value."""
-        out: dict[str, dict[str, dict[str, float]]] = {}
-        for (condition, _), metrics in self.metrics.items():
-            for name, metric in metrics.items():
-                for clip_id, value in metric.per_clip().items():
-                    out.setdefault(clip_id, {}).setdefault(condition, {})[name] = value
-        return out
-
-
-class Gallery:
-    """Keeps clips for the report: outputs, truth, first frame, references."""
-
-    def __init__(self, out: Path, db: RetrievalDatabase, fps: float, per_domain: int, find: References):
-        self.out, self.db, self.fps, self.find = out, db, fps, find
-        self.left: dict[str, int] = {}
-        self.per_domain, self.entries = per_domain, {}
-
-    def add(self, condition: str, batch: list[dict], video: torch.Tensor) -> None:
-        """Write one condition's videos of the clips that are kept."""
-        for clip, one in zip(batch, video, strict=True):
-            entry = self.entries.get(clip["id"]) or self._start(clip)
-            if entry is not None:
-                entry["outputs"][condition] = self._write(f"{clip['id']}_{condition}", enlarge(one))
-
-    def _start(self, clip: dict[str, Any]) -> dict[str, Any] | None:
-        from PIL import Image
-
-        left = self.left.setdefault(clip["domain"], self.per_domain)
-        if left == 0:
-            return None
-        self.left[clip["domain"]] = left - 1
-        truth, clip_id = enlarge(clip["video"]), clip["id"]
-        (self.out / "clips").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(truth[0]).save(self.out / "clips" / f"{clip_id}_first.png")
-        ids, scores = self.find(clip, "motionrag")
-        references = [
-            {"id": i, "caption": self.db.caption(i), "motion_caption": self.db.motion_caption(i), "score": float(s),
-             "clip": self._write(f"{clip_id}_ref{n}", self.db.preview(i))}
-            for n, (i, s) in enumerate(zip(ids[:3], scores[:3], strict=True))
-        ]  # fmt: skip
-        self.entries[clip_id] = entry = {
-            "id": clip_id, "domain": clip["domain"], "prompt": clip["caption"], "motion_prompt": clip["motion_caption"],
-            "first_frame": f"clips/{clip_id}_first.png", "references": references, "outputs": {},
-            "truth": self._write(f"{clip_id}_truth", truth),
-        }  # fmt: skip
-        return entry
-
-    def _write(self, name: str, frames: np.ndarray) -> str:
-        from motionrag.data.video import write_mp4
-
-        write_mp4(self.out / "clips" / f"{name}.mp4", frames, self.fps)
-        return f"clips/{name}.mp4"
-
-    def write(self, per_clip: dict[str, dict]) -> None:
-        """Write ``clips.json``."""
-        from motionrag.io import write_json
-
-        write_json(
-            self.out / "clips.json", [{**e, "scores": per_clip[e["id"]]} for e in self.entries.values()]
+    fixed = compose("evaluate", overrides=[f"protocol={cfg.protocol}"])
+    fixed.backbone = cfg.backbone  # steps and guidance depend on it
+    changed = []
+    for key in FIXED:
+        mine, theirs = (
+            OmegaConf.to_container(OmegaConf.create({key: c[key]}), resolve=True)[key] for c in (cfg, fixed)
         )
+        if mine != theirs:
+            mine = ",".join(map(str, mine)) if isinstance(mine, (dict, list)) else mine
+            changed.append(f"{key}={mine}")
+    return [f"not the protocol {cfg.protocol}: changed {', '.join(changed)}"] if changed else []
 
 
-def enlarge(video: torch.Tensor) -> np.ndarray:
-    """(T, 3, H, W) in [-1, 1] -> uint8 (T, H', W', 3), small clips smoothly enlarged by a whole factor."""
-    from torch.nn.functional import interpolate
+def mean_over_seeds(
+    conditions: Mapping[str, Mapping[int, Mapping[str, float]]],
+) -> dict[str, dict[str, float]]:
+    """condition -> seed -> metric -> value of one clip, without the seeds."""
+    out = {}
+    for condition, seeds in conditions.items():
+        rows = list(seeds.values())
+        out[condition] = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+    return out
 
-    from motionrag.generate import to_uint8
 
-    factor = max(SHOWN_SIDE // min(video.shape[-2:]), 1)
-    return to_uint8(interpolate(video.float(), scale_factor=factor, mode="bicubic") if factor > 1 else video)
-
-
-def write_csv(path: Path, per_clip: dict[str, dict[str, dict[str, float]]]) -> None:
-    """One row for each clip and condition."""
+def write_csv(path: Path, per_clip: Mapping[str, Mapping[str, Mapping[int, Mapping[str, float]]]]) -> None:
+    """One row for each clip, condition and seed."""
     from motionrag.io import atomic_path
 
-    rows = [{"id": i, "condition": c, **v} for i, by in per_clip.items() for c, v in by.items()]
+    rows = [
+        {"id": clip_id, "condition": condition, "seed": seed, **values}
+        for clip_id, conditions in per_clip.items()
+        for condition, seeds in conditions.items()
+        for seed, values in seeds.items()
+    ]
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, list(rows[0]))
+        writer = csv.DictWriter(handle, list(rows[0]) if rows else ["id", "condition", "seed"])
         writer.writeheader()
         writer.writerows(rows)
 
 
-def rich_tables(table: dict[str, dict[str, dict[str, float]]]) -> list[Any]:
+def summary(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """The first metric of the first condition, and of the second if there is one, in a line."""
+    from motionrag.evaluation.tables import heading
+
+    first, *others = table
+    metric = next(iter(next(iter(table[first].values()))))
+    parts = []
+    for domain, row in table[first].items():
+        values = [row, *(table[c][domain] for c in others[:1] if domain in table[c])]
+        parts.append(f"{domain}: " + " -> ".join(f"{v[metric]:.1f}" for v in values))
+    clips = sum(row["n"] for row in table[first].values())
+    return f"{heading(metric).rstrip(' ↑↓')} {', '.join(parts)} ({clips} clips)"
+
+
+def rich_tables(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[Any]:
     """The means for the terminal, one table for each domain that fits 80 columns; the best value is bold."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -324,9 +292,24 @@ def rich_tables(table: dict[str, dict[str, dict[str, float]]]) -> list[Any]:
     for domain in next(iter(table.values())):
         page = metric_table({condition: {domain: row[domain]} for condition, row in table.items()}, {})
         one = Table("condition", title=page.domains[0][0], title_justify="left", box=SIMPLE_HEAD)
-        for heading in page.columns:
-            one.add_column(heading, justify="right")
+        for name in page.columns:
+            one.add_column(name, justify="right")
         for condition, (_, cells) in zip(table, page.rows, strict=True):
             one.add_row(condition, *(f"[bold]{cell.text}[/]" if cell.best else cell.text for cell in cells))
         shown.append(one)
+    return shown
+
+
+def rich_paper_table(table: PaperTable) -> Any:
+    """The paper's table for the terminal."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from motionrag.evaluation.tables import heading
+
+    shown = Table("", title=table.caption(), title_justify="left", caption=table.overhead_line(), caption_justify="left", box=SIMPLE_HEAD)  # fmt: skip
+    for metric in table.columns:
+        shown.add_column(heading(metric), justify="right")
+    for row in table.rows:
+        shown.add_row(row.name, *(table.cell(row, metric).replace("[", r"\[") for metric in table.columns))
     return shown

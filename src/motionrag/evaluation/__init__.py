@@ -1,0 +1,1 @@
+"""What ``motionrag evaluate`` is made of: test clips, conditions, scores, tables, and the clips that are kept."""

@@ -1,0 +1,74 @@
+"""Test clips out of shards, a few at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from motionrag.backbones.base import Backbone
+from motionrag.data.shards import ClipRecord, ShardIndex, read_shard
+from motionrag.data.video import read_clip
+from motionrag.errors import MotionRAGError
+from motionrag.generate import fit, to_float
+
+
+@dataclass
+class TestClips:
+    """B test clips of one domain.
+
+    records: what the shards say about each (id, caption, motion_caption, source, action, ..., metadata).
+    truth: the clips themselves, (B, T, 3, H, W) in [-1, 1], at the backbone's size and rate.
+    """
+
+    __test__ = False  # no test case, whatever pytest thinks of the name
+
+    domain: str
+    records: list[dict[str, Any]]
+    truth: Tensor
+
+    @property
+    def ids(self) -> list[str]:
+        return [record["id"] for record in self.records]
+
+    @property
+    def captions(self) -> list[str]:
+        return [record["caption"] for record in self.records]
+
+
+def read_split(
+    shards: str | Path, backbone: Backbone, limit: int | None, batch_size: int
+) -> Iterator[TestClips]:
+    """Batches of at most `batch_size` clips of one domain ("all" where the table had no such column).
+
+    limit: clips of each domain; None: all. Only a batch is ever in memory. Raises MotionRAGError if the folder holds
+    no shards or no clip, or a clip cannot be read.
+    """
+    waiting: dict[str, list[tuple[ClipRecord, Tensor]]] = {}
+    counts: dict[str, int] = {}
+    for file in ShardIndex.open(shards).files:
+        for record, data in read_shard(file):
+            domain = str(record.metadata.get("domain") or "all")
+            if limit is not None and counts.get(domain, 0) >= limit:
+                continue
+            counts[domain] = counts.get(domain, 0) + 1
+            clip = read_clip(data, record.start_sec, record.end_sec, frames=backbone.frames, fps=backbone.fps)
+            video = fit(to_float(clip.frames), backbone.height, backbone.width)
+            waiting.setdefault(domain, []).append((record, video))
+            if len(waiting[domain]) == batch_size:
+                yield _batch(domain, waiting[domain])
+                waiting[domain] = []
+    if not counts:
+        raise MotionRAGError(f"shards={shards}: no test clips there; pack some with motionrag pack")
+    for domain, rest in waiting.items():
+        if rest:
+            yield _batch(domain, rest)
+
+
+def _batch(domain: str, clips: list[tuple[ClipRecord, Tensor]]) -> TestClips:
+    records = [{**asdict(record), "domain": domain} for record, _ in clips]
+    return TestClips(domain, records, torch.stack([video for _, video in clips]))

@@ -1,0 +1,402 @@
+"""evaluate: protocols, the paper's table, several seeds, anyone's videos, VBench's layout, and what goes wrong."""
+
+import csv
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from motionrag import cli
+from motionrag.cli.evaluate import changes
+from motionrag.cli.train import make_motionworld
+from motionrag.data.video import write_mp4
+from motionrag.errors import MotionRAGError
+from motionrag.evaluation.folders import open_folders
+from motionrag.evaluation.gallery import VBench
+from motionrag.evaluation.scores import Metrics, Scores
+from motionrag.evaluation.tables import paper_tables, write_tables
+from motionrag.metrics import FVD, ActionScore, ClipBatch
+
+WITHOUT_MODELS = ["metrics=[trajectory_error]"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, random_models):
+    """Shards and database of six clips that are also the test split."""
+    folder = tmp_path_factory.mktemp("world")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf_dir())):
+        cfg = compose("generate", overrides=["image=x", "prompt=y", *random_models])
+    make_motionworld(folder / "made", 6, 1, {"known": 1.0, "new": 1.0}, cfg.encoders)
+    return folder / "made"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """Run evaluate inside ``tmp_path``; returns exit code, output and the error line."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        code = cli.main(["evaluate", *words, "out=scores", "hydra.run.dir=run"])
+        out, err = capfd.readouterr()
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == (code != 0), err
+        return code, out, (errors or [""])[0]
+
+    return run
+
+
+def read(name):
+    with open(f"scores/{name}", encoding="utf-8") as file:
+        return json.load(file)
+
+
+# ---------------------------------------------------------------- protocols
+
+
+@pytest.mark.parametrize("name", ["openvid1k", "skillvid", "motionworld"])
+def test_protocols_compose_and_fix_what_makes_numbers_comparable(name):
+    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf_dir())):
+        cfg = compose("evaluate", overrides=[f"protocol={name}"])
+        assert cfg.protocol == name and cfg.k == 9 and list(cfg.seeds) == [0, 1, 2]
+        assert list(cfg.conditions)[:2] == ["backbone", "motionrag"]
+        assert {"action_score", "dino_score", "fvd"} <= set(cfg.metrics)
+        assert cfg.query == ("action" if name == "skillvid" else "motion_caption")
+        if name == "motionworld":
+            assert cfg.shards.startswith(cfg.make[1].out) and cfg.db.startswith(cfg.make[0].out)
+            return
+        assert set(cfg.needs) == {"shards", "db"} and cfg.metrics.fvd.num_features == 400
+        if name == "skillvid":  # sampling is openvid1k's
+            return
+        for backbone, sampling in {
+            "cogvideox": (25, 3.0),
+            "svd": (25, 3.0),
+            "dynamicrafter": (30, 2.0),
+        }.items():
+            cfg = compose("evaluate", overrides=[f"protocol={name}", f"backbone={backbone}"])
+            assert (cfg.steps, cfg.guidance) == sampling
+
+
+def test_a_release_brings_backbone_and_weights_to_a_protocol(tmp_path):
+    (tmp_path / "release").mkdir()
+    text = "# @package _global_\ndefaults: [override /backbone: svd]\nweights: {adapter: x}\nsteps: 25\n"
+    (tmp_path / "release/svd.yaml").write_text(text)
+    words = [f"hydra.searchpath=['file://{tmp_path}']", "+release=svd", "protocol=openvid1k"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf_dir())):
+        cfg = compose("evaluate", overrides=words)
+        assert cfg.backbone.name == "svd" and cfg.weights.adapter == "x" and cfg.guidance == 3.0
+        assert changes(cfg) == []
+
+
+def test_a_changed_protocol_says_so():
+    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf_dir())):
+        words = ["protocol=openvid1k", "backbone=svd"]
+        assert changes(compose("evaluate", overrides=words)) == []
+        cfg = compose("evaluate", overrides=[*words, "steps=7", "seeds=[4]", "metrics=[fvd]"])
+        assert changes(cfg) == ["not the protocol openvid1k: changed steps=7, seeds=4, metrics=fvd"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["protocol=openvid1k", "backbone=svd"],
+            "shards=data/openvid1k/shards is not there; pack the release's",
+        ),
+        (
+            ["protocol=skillvid", "backbone=svd", "shards=."],
+            "db=data/skillvid/db is not there; make SkillVid's",
+        ),
+        (["protocol=openvid"], "unknown protocol 'openvid', did you mean 'openvid1k'?"),
+        ([], "evaluate needs shards=DIR db=DIR"),
+        (["clips=a"], "truth=DIR is missing"),
+        (["seeds=[1,1]"], "seeds=[1, 1]: expected at least one, each once"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_before_anything_is_loaded(run, tmp_path, words, message):
+    code, _, error = run(*words)
+    assert code == 2 and message in error
+    assert not (tmp_path / "scores").exists()
+
+
+# ---------------------------------------------------------------- the whole way
+
+
+def test_seeds_table_and_vbench(run, world, random_models, tmp_path):
+    words = [f"shards={world}/shards", f"db={world}/db", "k=2", "steps=1", "limit=2", "batch_size=2"]
+    words += ["conditions=[backbone,motionrag,random]", "seeds=[0,1]", "save_clips=1", "export_vbench=true"]
+    words += ["metrics=[action_score_tiny,fvd_tiny,motion_arrival,trajectory_error]", "resamples=20"]
+    words += ["retriever=text_image", "motion_scale=0"]
+    code, out, error = run(*random_models, *words)
+    assert code == 0, error
+
+    result = read("metrics.json")
+    places = [(c, d) for c, domains in result["conditions"].items() for d in domains]
+    assert len(places) == 6 and all(result["conditions"][c][d]["n"] == 2 for c, d in places)
+    for condition, domain in places:
+        spread = result["spread"][condition][domain]
+        assert spread.keys() == {"action_score", "fvd", "motion_arrival", "trajectory_error"}
+        for name, entry in spread.items():
+            first, second = entry["seeds"]
+            assert result["conditions"][condition][domain][name] == pytest.approx((first + second) / 2)
+            assert entry["standard_deviation"] == pytest.approx(abs(first - second) / 2**0.5)
+            assert len(entry["interval"]) == 2
+        assert spread["trajectory_error"]["seeds"][0] != spread["trajectory_error"]["seeds"][1]
+        # the same noise with and without retrieval: at motion scale 0 nothing else is left
+        assert spread["action_score"] == result["spread"]["backbone"][domain]["action_score"]
+        seconds = result["seconds"][condition][domain]
+        expected = {"context", "sampling"} | ({"retrieval", "cama"} if condition != "backbone" else set())
+        assert seconds.keys() == expected and min(seconds.values()) > 0
+        row = result["conditions"][condition][domain]
+        assert row["seconds_per_clip"] == pytest.approx(sum(seconds.values()))
+    assert result["settings"]["seeds"] == [0, 1]
+
+    with open("scores/per_clip.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 * 3 * 2 and {row["seed"] for row in rows} == {"0", "1"} and "fvd" not in rows[0]
+    (entry, *_) = read("clips.json")
+    mine = [float(r["action_score"]) for r in rows if (r["id"], r["condition"]) == (entry["id"], "backbone")]
+    assert entry["scores"]["backbone"]["action_score"] == pytest.approx(np.mean(mine))
+    assert len(entry["references"]) == 2
+
+    for table in read("table.json"):
+        base, ours, gain = table["rows"].values()
+        assert list(table["rows"]) == ["cogvideox_tiny", "+ retrieval", "difference"]
+        assert list(base) == ["action_score", "fvd", "trajectory_error", "seconds_per_clip"]
+        assert gain["fvd"] == pytest.approx(ours["fvd"] - base["fvd"])
+        assert gain["seconds_per_clip"] == pytest.approx(sum(table["overhead_seconds"].values()))
+    assert "+ retrieval" in out and "overhead per clip: retrieval " in re.sub(r"\s+", " ", out)
+
+    folder = tmp_path / "scores/vbench/motionrag"
+    prompts = json.loads((folder / "prompts.json").read_text())
+    videos = {path.name for path in (folder / "videos").iterdir()}
+    assert videos == prompts.keys() and len(videos) == 8
+    assert {re.sub(r"-\d+$", "", name.removesuffix(".mp4")) for name in videos} == {
+        path.stem for path in (folder / "images").glob("*.jpg")
+    }
+
+
+# ---------------------------------------------------------------- anyone's videos
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """made/ and real/: clips a and b, five frames each, and prompts.csv."""
+    frames = np.random.default_rng(0).integers(0, 255, (4, 5, 24, 32, 3), dtype=np.uint8)
+    for i, name in enumerate(("made/a", "made/b", "real/a", "real/b")):
+        write_mp4(tmp_path / f"{name}.mp4", frames[i], 8)
+    (tmp_path / "prompts.csv").write_text("video,caption,domain\na.mp4,a runs,one\nx/b.mp4,b sits,two\n")
+    return tmp_path
+
+
+def test_videos_by_anyone(run, folders):
+    shutil.copytree(folders / "real", folders / "best")
+    words = ["clips={ours: best, theirs: made}", "truth=real", "prompts=prompts.csv", "export_vbench=true"]
+    code, out, error = run(*words, *WITHOUT_MODELS)
+    assert code == 0, error
+    table = read("metrics.json")["conditions"]
+    assert table["ours"]["one"] == {"trajectory_error": 0.0, "n": 1} == table["ours"]["two"]
+    assert table["theirs"]["one"]["trajectory_error"] > 0
+    assert [clip["prompt"] for clip in read("clips.json")] == ["a runs", "b sits"]
+    assert (folders / "scores/vbench/theirs/videos/a runs-0.mp4").is_file()
+    assert [row["rows"].keys() for row in read("table.json")] == [{"ours", "theirs", "difference"}] * 2
+    assert "(2 clips) -> scores" in out
+    assert run("clips=made", "truth=real", *WITHOUT_MODELS)[0] == 0
+    assert read("metrics.json")["conditions"].keys() == {"clips"}
+    code, _, error = run("clips=made", "truth=real", "metrics=[motion_arrival]")
+    assert code == 2 and "metric motion_arrival: MotionArrival: needs motion_tokens" in error
+
+
+def _unequal(folder):
+    write_mp4(folder / "made/b.mp4", np.zeros((4, 24, 32, 3), np.uint8), 8)
+    return r"made/b.mp4 has 4 frames, .*real/b.mp4 5; cut both"
+
+
+def _unreadable(folder):
+    (folder / "made/a.mp4").write_text("no video")
+    return r"1 clips cannot be read: .*made/a.mp4: not a readable video"
+
+
+def _unmatched(folder):
+    (folder / "made/a.mp4").rename(folder / "made/c.mp4")
+    return r"do not match by file name: 1 only in .*made \(c\), 1 only in .*real \(a\)"
+
+
+def _twice(folder):
+    shutil.copy(folder / "made/a.mp4", folder / "made/a.mov")
+    return r"a.mov and a.mp4 have one name"
+
+
+def _no_folder(folder):
+    shutil.rmtree(folder / "real")
+    return r"truth=.*real: no such folder"
+
+
+def _empty(folder):
+    shutil.rmtree(folder / "made")
+    (folder / "made").mkdir()
+    return r"clips=.*made: no videos there"
+
+
+def _no_caption(folder):
+    (folder / "prompts.csv").write_text("video,caption\na.mp4,a runs\n")
+    return r"no caption for 1 clips \(b\)"
+
+
+def _no_column(folder):
+    (folder / "prompts.csv").write_text("id,caption\na,a runs\n")
+    return r"no column video; it has id, caption"
+
+
+def _no_table(folder):
+    (folder / "prompts.csv").unlink()
+    return r"prompts=.*: no such file"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [_unequal, _unreadable, _unmatched, _twice, _no_folder, _empty, _no_caption, _no_column, _no_table],
+)
+def test_folders_that_do_not_fit(folders, spoil):
+    message = spoil(folders)
+    with pytest.raises(MotionRAGError, match=message) as caught:
+        open_folders({"clips": folders / "made"}, folders / "real", folders / "prompts.csv")
+    assert "\n" not in str(caught.value)
+
+
+def test_clips_of_another_size_are_fitted(folders):
+    write_mp4(folders / "real/a.mp4", np.zeros((5, 48, 48, 3), np.uint8), 8)
+    found = open_folders({"clips": folders / "made"}, folders / "real", None)
+    made, truth, fps = found.read("a")
+    assert made["clips"].shape == truth.shape == (5, 3, 24, 32) and fps == pytest.approx(8)
+
+
+def test_vbench_names(tmp_path):
+    prompts = ["a/b", "a b", "x" * 300, ""]
+    records = [{"id": f"clip{i}", "caption": prompt} for i, prompt in enumerate(prompts)]
+    video = torch.zeros(4, 2, 3, 16, 16)
+    export = VBench(tmp_path, 8)
+    export.add("ours", 0, records, video[:, 0], video)
+    export.write()
+    names = json.loads((tmp_path / "vbench/ours/prompts.json").read_text())
+    assert list(names) == ["a b-0.mp4", "a b (clip1)-0.mp4", "x" * 180 + "-0.mp4", "clip3-0.mp4"]
+    assert list(names.values()) == prompts
+
+
+# ---------------------------------------------------------------- scores and tables
+
+
+class Broken(ActionScore):
+    def add(self, batch):
+        raise MotionRAGError("Broken: no weights")
+
+
+def batch(*ids, value=0.0):
+    return ClipBatch(list(ids), torch.full((len(ids), 2, 3, 8, 8), value), torch.zeros(len(ids), 2, 3, 8, 8))
+
+
+def features(video):
+    """(B, 2): changes with the clip."""
+    return torch.stack([video.mean((1, 2, 3, 4)) + 1, video[:, 0].mean((1, 2, 3)) - 1], 1)
+
+
+def makers(**more) -> dict:
+    return {"action_score": lambda: ActionScore(extractor=features), **more}
+
+
+def test_a_failed_metric_fails_the_run_or_is_left_out():
+    scores = Scores(Metrics(makers(broken=Broken)))
+    with pytest.raises(MotionRAGError, match="metric broken: Broken: no weights"):
+        scores.add("backbone", "all", 0, batch("a"))
+    scores = Scores(Metrics(makers(broken=Broken, fvd=lambda: FVD(2, features)), "warn"), resamples=5)
+    for condition in ("backbone", "motionrag"):
+        scores.add(condition, "all", 0, batch("a"))
+    # one clip is too few for FVD: known only at the end
+    assert scores.table()["backbone"]["all"].keys() == {"action_score", "n"}
+    assert scores.spread()["backbone"]["all"].keys() == {"action_score"}
+    assert scores.differences() == {"motionrag": {"all": {"action_score": {"value": 0.0}}}}
+    assert scores.metrics.failed["broken"] == "Broken: no weights"
+    assert scores.metrics.failed["fvd"].startswith("FVD: ")
+    with pytest.raises(MotionRAGError, match="no metric is left: .*no weights"):
+        Scores(Metrics({"broken": Broken}, "warn")).add("backbone", "all", 0, batch("a"))
+    with pytest.raises(MotionRAGError, match="metric_errors=no: choose fail or warn"):
+        Metrics(makers(), "no")
+
+
+def test_frames_that_are_not_numbers_name_the_clip():
+    bad = batch("a", "b")
+    bad.video[1, 0] = float("nan")
+    with pytest.raises(MotionRAGError, match="clip 'b', condition motionrag, seed 3: .*NaN"):
+        Scores(Metrics(makers())).add("motionrag", "all", 3, bad)
+
+
+def test_seconds_are_per_clip_whatever_the_batches():
+    scores = Scores(Metrics(makers()), resamples=0)
+    scores.add("backbone", "all", 0, batch("a", "b", "c"), {"sampling": 1.0})
+    scores.add("backbone", "all", 0, batch("d"), {"sampling": 5.0})
+    assert scores.seconds() == {"backbone": {"all": {"sampling": 2.0}}}
+    assert scores.table()["backbone"]["all"]["seconds_per_clip"] == 2.0
+
+
+def example() -> dict:
+    """What evaluate writes, with round numbers: the paper's CogVideoX row."""
+    rows = {
+        "backbone": {
+            "action_score": 59.9,
+            "dino_score": 87.8,
+            "fvd": 87.1,
+            "seconds_per_clip": 59.4,
+            "n": 1000,
+        },
+        "mean": {"action_score": 1.0, "dino_score": 1.0, "fvd": 1.0, "seconds_per_clip": 1.0, "n": 1000},
+        "motionrag": {
+            "action_score": 65.8,
+            "dino_score": 89.4,
+            "fvd": 80.2,
+            "seconds_per_clip": 63.0,
+            "n": 1000,
+        },
+    }
+    deviation = {"action_score": {"seeds": [1.0, 2.0], "standard_deviation": 0.25}}
+    seconds = {
+        "backbone": {"all": {"context": 0.4, "sampling": 59.0}},
+        "motionrag": {"all": {"context": 0.4, "sampling": 61.0, "retrieval": 0.5, "cama": 1.1}},
+    }
+    return {
+        "conditions": {name: {"all": row} for name, row in rows.items()},
+        "spread": {name: {"all": deviation} for name in rows},
+        "differences": {"motionrag": {"all": {"fvd": {"value": -6.9, "interval": [-9.0, -5.04]}}}},
+        "seconds": seconds,
+    }
+
+
+def test_the_papers_table(tmp_path):
+    columns = ["action_score", "dino_score", "fvd", "trajectory_error", "seconds_per_clip"]
+    (table,) = tables = paper_tables(example(), columns, "cogvideox")
+    assert table.overhead == pytest.approx({"retrieval": 0.5, "CAMA": 1.1, "adapter": 2.0})
+    write_tables(tmp_path, tables)
+    markdown = (tmp_path / "table.md").read_text()
+    assert "| cogvideox | 59.9 ± 0.2 | 87.8 | 87.1 | 59.40 |" in markdown
+    assert "| + retrieval | 65.8 ± 0.2 | 89.4 | 80.2 | 63.00 |" in markdown
+    assert "| difference | +5.9 | +1.6 | −6.9 [−9.0, −5.0] | +3.60 |" in markdown
+    assert "overhead per clip: retrieval 0.500 + CAMA 1.100 + adapter 2.000 = 3.600 s" in markdown
+    tex = (tmp_path / "table.tex").read_text()
+    assert r"\begin{tabular}{lrrrr}" in tex and r"Action Score $\uparrow$" in tex
+    assert r"difference & +5.9 & +1.6 & $-$6.9 [$-$9.0, $-$5.0] & +3.60 \\" in tex
+    with open(tmp_path / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["row"] for row in rows] == ["cogvideox", "+ retrieval", "difference"]
+    assert float(rows[2]["fvd"]) == pytest.approx(-6.9)
+
+
+def test_one_condition_is_a_table_of_one_row():
+    result = example()
+    del result["conditions"]["motionrag"], result["conditions"]["mean"]
+    (table,) = paper_tables(result, ["fvd", "seconds_per_clip"])
+    assert [row.name for row in table.rows] == ["backbone"] and table.overhead == {}
