@@ -70,7 +70,7 @@ def test_protocols_compose_and_fix_what_makes_numbers_comparable(name):
         if name == "motionworld":
             assert cfg.shards.startswith(cfg.make[1].out) and cfg.db.startswith(cfg.make[0].out)
             return
-        assert set(cfg.needs) == {"shards", "db"} and cfg.metrics.fvd.num_features == 400
+        assert set(cfg.needs) == {"shards", "db", "weights.adapter"} and cfg.metrics.fvd.num_features == 400
         if name == "skillvid":  # sampling is openvid1k's
             return
         for backbone, sampling in {
@@ -105,12 +105,16 @@ def test_a_changed_protocol_says_so():
     ("words", "message"),
     [
         (
-            ["protocol=openvid1k", "backbone=svd"],
+            ["protocol=openvid1k"],
             "shards=data/openvid1k/shards is not there; pack the release's",
         ),
         (
-            ["protocol=skillvid", "backbone=svd", "shards=."],
+            ["protocol=skillvid", "shards=."],
             "db=data/skillvid/db is not there; make SkillVid's",
+        ),
+        (
+            ["protocol=openvid1k", "shards=.", "db=."],
+            "weights.adapter=None is not there; import the released weights",
         ),
         (["protocol=openvid"], "unknown protocol 'openvid', did you mean 'openvid1k'?"),
         ([], "evaluate needs shards=DIR db=DIR"),

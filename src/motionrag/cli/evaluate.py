@@ -139,7 +139,7 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
         count += len(clips.records)
     if vbench:
         vbench.write()
-    settings = {key: OmegaConf.to_container(cfg)[key] for key in ("k", *sampling)} | {"seeds": seeds}
+    settings = {"k": int(cfg.k), **sampling, "seeds": seeds}
     settings |= {"backbone": model.backbone.name, "database": f"{len(db)} clips", "test clips": count}
     settings |= {"protocol": str(cfg.protocol)} if cfg.protocol else {}
     notes = [RANDOM_WEIGHTS.format(model.backbone.name)] if model.backbone.random_weights else []
@@ -232,11 +232,12 @@ def changes(cfg: DictConfig) -> list[str]:
     changed = []
     for key in FIXED:
         mine, theirs = (
-            OmegaConf.to_container(OmegaConf.create({key: c[key]}), resolve=True)[key] for c in (cfg, fixed)
+            OmegaConf.to_container(c[key], resolve=True) if OmegaConf.is_config(c[key]) else c[key]
+            for c in (cfg, fixed)
         )
         if mine != theirs:
-            mine = ",".join(map(str, mine)) if isinstance(mine, (dict, list)) else mine
-            changed.append(f"{key}={mine}")
+            value = ",".join(map(str, mine)) if isinstance(mine, dict | list) else mine
+            changed.append(f"{key}={value}")
     return [f"not the protocol {cfg.protocol}: changed {', '.join(changed)}"] if changed else []
 
 
