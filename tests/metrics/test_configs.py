@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -9,6 +12,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
+import motionrag.metrics
 from motionrag.cli import conf_dir
 from motionrag.metrics import ClipBatch, ClipMetric
 
@@ -24,10 +28,8 @@ def read(name):
 
 
 def test_every_metric_has_a_config_and_every_config_a_metric():
-    from motionrag import metrics
-
     abstract = {"ClipMetric", "PerClipMetric", "FrechetDistance"}
-    classes = {name for name in metrics.__all__ if name not in abstract | {"ClipBatch"}}
+    classes = {name for name in motionrag.metrics.__all__ if name not in abstract | {"ClipBatch"}}
     assert {read(name)._target_ for name in FILES} == {f"motionrag.metrics.{name}" for name in classes}
     for name in FILES:
         keys = list(OmegaConf.load(conf_dir() / "metrics" / f"{name}.yaml"))
@@ -67,3 +69,15 @@ def test_missing_weights_are_one_clear_error(name, tmp_path, monkeypatch):
         InstantiationException, match=r"torchscript file weights/.*no such file; docs/metrics\.md"
     ):
         instantiate(read(name))
+
+
+def test_the_docs_name_every_metric_and_their_example_runs():
+    text = (conf_dir().parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert [name for name in FILES if f"| `{name.removesuffix('_tiny')}` |" not in text] == []
+    source = next(part for part in text.split("```python")[1:] if "class Brightness" in part).split("```")[0]
+    names = {name: getattr(motionrag.metrics, name) for name in ("ClipBatch", "PerClipMetric")}
+    names |= {"Tensor": torch.Tensor, "Sequence": Sequence}
+    exec(textwrap.dedent(source), names)
+    metric = names["Brightness"](lambda video: video.mean(dim=(-2, -1)))
+    metric.add(ClipBatch(["a", "b"], torch.stack([torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)])))
+    assert metric.compute().item() == 0.5

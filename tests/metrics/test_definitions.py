@@ -94,6 +94,7 @@ def test_all_metrics_are_driven_alike(name):
     assert value(torch.tensor([0, 0, 1, 2])) != value(torch.arange(4)) or name == "DynamicDegree"
 
 
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
 @pytest.mark.parametrize("name", METRICS)
 def test_all_metrics_refuse_alike(name):
     metric, batch = METRICS[name](), make_batch()

@@ -25,8 +25,9 @@ class MotionSmoothness(PerClipMetric):
 
     def add(self, batch: ClipBatch) -> None:
         """Add a batch; the extractor gives (T-1)//2 interpolated frames (B, M, 3, H, W) in [-1, 1]."""
-        video = batch.get("MotionSmoothness", "video")
-        self.update(*self.extract(batch, "video"), video[:, 1 : video.shape[1] - 1 : 2], batch.ids)
+        (interpolated,) = self.extract(batch, "video")
+        odd = batch.video[:, 1 : batch.video.shape[1] - 1 : 2]
+        self.update(interpolated, odd.to(interpolated.device), batch.ids)
 
     def update(self, interpolated: Tensor, frames: Tensor, clip_ids: Sequence[str]) -> None:
         """Add clips: frames as predicted and as they are, both ``(B, M, 3, H, W)`` in [-1, 1], M >= 1, and their ids."""
