@@ -1,15 +1,25 @@
 """Packing: what goes into the shards, what is left out, and errors that name the cause."""
 
+import io
 import json
+import os
+import resource
+import signal
+import subprocess
+import sys
 import tarfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
 
+import av
 import numpy as np
 import pandas as pd
 import pytest
 
 from motionrag.data.shards import ClipRecord, ShardIndex, pack, read_shard
 from motionrag.data.sources import read_table
-from motionrag.data.video import write_mp4
+from motionrag.data.video import read_clip, write_mp4
 from motionrag.errors import MotionRAGError
 
 
@@ -241,3 +251,168 @@ def test_other_folders_are_no_shards(tmp_path):
     (tmp_path / "index.json").write_text("{")
     with pytest.raises(MotionRAGError, match="damaged"):
         ShardIndex.open(tmp_path)
+
+
+# ---------------------------------------------------------------- encoding again
+
+
+def test_encoded_again_for_stage_2(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 60, (70, 64, 91, 3), np.uint8)
+    for t in range(70):
+        frames[t, 10:30, t : t + 20] = 220
+    write_mp4(tmp_path / "big.mp4", frames, 10)
+    write_mp4(tmp_path / "small.mp4", moving_square(2), 8)
+    rows = [{"video": "big.mp4", "start_sec": 1, "end_sec": 6}, {"video": "small.mp4"}]
+    pd.DataFrame([{"caption": "c", "motion_caption": "m", **row} for row in rows]).to_csv(tmp_path / "t.csv")
+    for name in "ab":
+        pack(tmp_path / "t.csv", tmp_path, tmp_path / name, short_side=48)
+    assert (tmp_path / "a/clips-000000.tar").read_bytes() == (tmp_path / "b/clips-000000.tar").read_bytes()
+    (big, data), (small, _) = read_shard(tmp_path / "a/clips-000000.tar")
+    assert (big.video, big.frames, big.start_sec, big.end_sec) == ("big.mp4", 50, None, None)
+    assert big.metadata["cut_from"] == [1, 6]
+    assert (big.width, big.height) == (70, 48)  # of 69, made even
+    assert (small.width, small.height) == (32, 32)  # never enlarged
+    clip = read_clip(data)
+    assert (clip.width, clip.height, clip.decoded, round(clip.fps, 3)) == (70, 48, 50, 10)
+    true = read_clip(tmp_path / "big.mp4", 1, 6, short_side=48).frames
+    assert np.abs(clip.frames[:, :, :69].astype(int) - true).mean() < 6
+    with av.open(io.BytesIO(data)) as file:
+        keys = [i for i, packet in enumerate(file.demux(video=0)) if packet.is_keyframe]
+    assert keys[:2] == [0, 30]
+
+
+# ---------------------------------------------------------------- faults
+
+
+def clips_that_take_a_while(folder):
+    """Twelve clips, the third and fourth of them long, one that is missing, and their table."""
+    folder.mkdir()
+    for i in range(12):
+        frames = 600 if i in (2, 3) else 9
+        write_mp4(folder / f"clip{i}.mp4", moving_square(i % 5 + 1, frames), 8)
+    rows = [{"video": f"clip{i}.mp4", "caption": "c", "motion_caption": "m"} for i in range(12)]
+    rows.insert(6, rows[0] | {"video": "gone.mp4"})
+    pd.DataFrame(rows).to_csv(folder / "clips.csv", index=False)
+    return folder / "clips.csv"
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_killed_and_continued_by_another_number_of_workers(tmp_path, root):
+    table = clips_that_take_a_while(tmp_path / "videos")
+    options = {"shard_size": 1, "short_side": 24, "max_bad": 0.1}
+    pack(table, tmp_path / "videos", tmp_path / "whole", **options)
+
+    code = (
+        "import sys; from motionrag.data.shards import pack\n"
+        f"if __name__ == '__main__': pack(*sys.argv[1:], workers=2, **{options})"
+    )
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, table, tmp_path / "videos", out],
+        env={**os.environ, "PYTHONPATH": str(root / "src")},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(list((partial / "done").glob("*.json"))) < 2:
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        os.kill(run.pid, signal.SIGSTOP)  # it is in the middle of it, and stays there
+        with pytest.raises(MotionRAGError, match=f"out={out} is being packed by another process"):
+            pack(table, tmp_path / "videos", out, **options)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        assert len(children) >= 2
+    finally:
+        run.kill()
+        run.wait()
+    while any(map(alive, children)):  # workers end with the run
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not out.exists()
+
+    finished = {path: path.stat().st_mtime_ns for path in (partial / "done").iterdir()}
+    assert 2 <= len(finished) < 13
+    shards = {path: path.stat().st_ino for path in (partial / "shards").glob("*.tar")}
+    index = pack(table, tmp_path / "videos", out, **options)
+    assert [item["video"] for item in index["skipped"]] == ["gone.mp4"]
+    assert contents(out) == contents(tmp_path / "whole")  # also those that two workers made
+    for path, inode in shards.items():
+        done = partial / "done" / f"{path.name}.json"
+        assert done not in finished or (out / path.name).stat().st_ino == inode  # not made again
+    assert not partial.exists()
+
+
+@contextmanager
+def little_room(folder, how):
+    """Let files in ``folder`` have little room; gives a function that makes more."""
+    if how == "file size":
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+        try:
+            yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        return
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120k", "none", folder], capture_output=True)
+    if made.returncode:
+        pytest.skip("no right to mount a small file system")
+    try:
+        yield lambda: subprocess.run(["mount", "-o", "remount,size=9m", folder], check=True)
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("how", ["file system", "file size"])
+def test_a_full_disk(tmp_path, how):
+    """Small clips first: their shard is finished, the next one does not fit."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for i in range(2):
+        write_mp4(videos / f"a{i}.mp4", moving_square(i + 1), 8)
+        write_mp4(
+            videos / f"b{i}.mp4", np.random.default_rng(i).integers(0, 255, (9, 96, 96, 3), np.uint8), 8
+        )
+    rows = [
+        {"video": f"{name}.mp4", "caption": "c", "motion_caption": "m"} for name in ("a0", "a1", "b0", "b1")
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "t.csv", index=False)
+    pack(tmp_path / "t.csv", videos, tmp_path / "whole", shard_size=2)
+    (tmp_path / "disk").mkdir()
+    with little_room(tmp_path / "disk", how) as make_room:
+        out = tmp_path / "disk/out"
+        with pytest.raises(MotionRAGError) as caught:
+            pack(tmp_path / "t.csv", videos, out, shard_size=2)
+        reason = {"file system": "No space left on device", "file size": "File too large"}[how]
+        assert str(caught.value) == (
+            f"out={out}: {reason}; 1 finished shard(s) are kept in .out.partial: make room and run the same command again"
+        )
+        left = sorted(path.name for path in (tmp_path / "disk").rglob("*") if path.is_file())
+        assert left == ["clips-000000.tar", "clips-000000.tar.json", "lock", "plan.json"]
+        make_room()
+        pack(tmp_path / "t.csv", videos, out, shard_size=2)
+        assert contents(out) == contents(tmp_path / "whole")
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
+
+
+def test_an_unfinished_pack_is_not_mixed_with_another(videos, table, tmp_path):
+    path = table(good() + [{"video": "black.mp4"}])
+    with pytest.raises(MotionRAGError, match=r"1 of the first 6 rows"):
+        pack(path, videos, tmp_path / "out", shard_size=2, max_bad=0)
+    assert len(list((tmp_path / ".out.partial/done").iterdir())) == 2
+    with pytest.raises(MotionRAGError, match="holds finished shards of other rows or options for out="):
+        pack(path, videos, tmp_path / "out", shard_size=3, max_bad=0.5)
+    assert len(list((tmp_path / ".out.partial/done").iterdir())) == 2
+    (tmp_path / ".out.partial/shards/clips-000001.tar").unlink()  # lost: made again
+    assert pack(path, videos, tmp_path / "out", shard_size=2, max_bad=0.5)["clips"] == 5
+    pack(path, videos, tmp_path / "other", shard_size=2, max_bad=0.5)
+    assert contents(tmp_path / "out") == contents(tmp_path / "other")

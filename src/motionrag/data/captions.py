@@ -11,11 +11,11 @@ import importlib.resources
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import pandas as pd
 from rich.progress import track
 
 from motionrag.data.sources import read_frame
@@ -62,8 +62,9 @@ _COMMON = frozenset(
 def fault(caption: str, answer: str, max_words: int) -> str:
     """Why ``answer`` is no motion caption for ``caption``, "" if it is one.
 
-    It has to be one line of 2 to ``max_words`` words, no refusal, no introduction, no markup, and to share a word
-    (its first four letters) with the caption: what shares none is about something else.
+    It has to be one line of 2 to ``max_words`` words, no refusal, no introduction, no markup, no loop (a word twice
+    in a row, or a longer one three times), and to share a word (its first four letters) with the caption: what
+    shares none is about something else.
     """
     text = answer.strip()
     words = _WORD.findall(text)
@@ -81,6 +82,9 @@ def fault(caption: str, answer: str, max_words: int) -> str:
         return f"longer than {max_words} words"
     if len(words) < 2 or sum(map(len, words)) < 0.6 * len(text):
         return "not a clause"
+    counts = Counter(word for word in map(str.lower, words) if len(word) > 3)
+    if any(map(str.__eq__, words, words[1:])) or max(counts.values(), default=0) > 2:
+        return "repeats itself"
     if not _stems(text) & _stems(caption):
         return "shares no word with the caption"
     return ""
@@ -432,25 +436,33 @@ def caption_table(
     busy = f"out={out} is being written by another process; wait until it has ended or choose another name"
     with only_writer(cache_file, busy):
         cache = _Cache(cache_file, captioner.identity | {"max_words": max_words, "seed": seed})
-        missing = [text for text in wanted if text not in cache]
-        weights = pd.Series(texts)[[not own for own in had]].value_counts()
-        bad = sum(weights[text] for text in wanted if text in cache and cache[text].get("fault"))
-        bad += sum(not text and not own for text, own in zip(texts, had, strict=True))
+        answers = {text: answer for text in wanted if (answer := cache.get(text))}
+        missing = [text for text in wanted if text not in answers]
+        rows = Counter(text for text, own in zip(texts, had, strict=True) if not own)
+        bad = rows[""] + sum(rows[text] for text, answer in answers.items() if "fault" in answer)
         for start in track(range(0, len(missing), batch_size), description="captioning"):
             batch = missing[start : start + batch_size]
-            answers = {
+            new = {
                 text: _checked(text, answer, captioner, max_words, seed)
                 for text, answer in zip(batch, captioner.write(batch), strict=True)
             }
-            cache.add(answers)
-            bad += sum(weights[text] for text, answer in answers.items() if answer.get("fault"))
+            cache.add(new)
+            answers |= new
+            bad += sum(rows[text] for text, answer in new.items() if "fault" in answer)
             if bad > max_bad * len(frame):
                 break
-    result, failed = _filled(frame, texts, had, cache, columns)
-    if bad > max_bad * len(frame):
+    name = next((columns[key] for key in ("id", "video") if columns.get(key) in frame), None)
+    clips = [str(clip) for clip in (frame[name] if name else range(len(frame)))]
+    result, failed = list(had), []
+    for row, (text, own) in enumerate(zip(texts, had, strict=True)):
+        answer = {} if own else answers.get(text, {"fault": "not tried" if text else "no caption"})
+        result[row] = own or answer.get("motion_caption", "")
+        if "fault" in answer and answer["fault"] != "not tried":
+            failed.append({"row": row, "clip": clips[row], "reason": answer["fault"]})
+    if len(failed) > max_bad * len(frame):
         told = ", ".join(f"{item['clip']} ({item['reason']})" for item in failed[:5])
         raise MotionRAGError(
-            f"{table.name}: {bad} of {len(frame)} rows get no motion caption from {captioner.name}, more than "
+            f"{table.name}: {len(failed)} of {len(frame)} rows get no motion caption from {captioner.name}, more than "
             f"max_bad={max_bad:g} allows: {told}; use another model or prompt, or raise max_bad"
         )
     written = [not own and bool(new) for own, new in zip(had, result, strict=True)]
@@ -496,23 +508,6 @@ def _checked(caption: str, answer: str, captioner: Captioner, max_words: int, se
     )
 
 
-def _filled(
-    frame: pd.DataFrame, texts: list[str], had: list[str], cache: _Cache, columns: Mapping[str, str]
-) -> tuple[list[str], list[dict[str, Any]]]:
-    """Motion captions of all rows, "" where there is none, and why those rows have none."""
-    name = next((columns[key] for key in ("id", "video") if columns.get(key) in frame), None)
-    result, failed = list(had), []
-    for row, (text, own) in enumerate(zip(texts, had, strict=True)):
-        if own:
-            continue
-        answer = cache[text] if text in cache else {"fault": "not tried" if text else "no caption"}
-        result[row] = answer.get("motion_caption", "")
-        if not result[row]:
-            clip = str(frame[name].iloc[row]) if name else f"row {row}"
-            failed.append({"row": row, "clip": clip, "reason": answer["fault"]})
-    return result, failed
-
-
 class _Cache:
     """Answers by caption, kept in a file that grows by whole lines."""
 
@@ -536,11 +531,9 @@ class _Cache:
     def _key(self, caption: str) -> str:
         return hashlib.sha256(f"{self._salt}\0{caption}".encode("utf-8", "surrogatepass")).hexdigest()
 
-    def __contains__(self, caption: str) -> bool:
-        return self._key(caption) in self._answers
-
-    def __getitem__(self, caption: str) -> dict[str, str]:
-        return self._answers[self._key(caption)]
+    def get(self, caption: str) -> dict[str, str] | None:
+        """``motion_caption``, or ``fault`` if no answer was usable; None: never asked."""
+        return self._answers.get(self._key(caption))
 
     def add(self, answers: Mapping[str, dict[str, str]]) -> None:
         """Keep answers, on disk before this returns."""

@@ -213,7 +213,8 @@ class Place:
         if self.member is None:
             return Path(self.files[0]).read_bytes()
         try:
-            return _archive(self.files).read(self.member)
+            stamp = tuple(os.stat(file).st_mtime_ns for file in self.files)
+            return _archive(self.files, stamp).read(self.member)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             name = PurePosixPath(self.member).name
             raise UnreadableVideo(name, f"damaged in {Path(self.files[0]).name} ({error})") from error
@@ -247,12 +248,9 @@ class VideoFolder:
             raise UnreadableVideo(video, "not a file")
         wanted = PurePosixPath(video)
         found = [] if wanted.is_absolute() else self._named.get(wanted.name, [])
-        if len(found) > 1:  # the same folders, else unpacked, else the only one
-            found = (
-                [item for item in found if item[0].endswith(f"/{video}")]
-                or [item for item in found if item[1].member is None]
-                or found
-            )
+        # Of several, those in folders of the table's names; of those, files before members of archives.
+        found = [item for item in found if item[0].endswith(f"/{video}")] or found
+        found = [item for item in found if item[1].member is None] or found
         if not found:
             raise UnreadableVideo(video, MISSING)
         path, place, content = found[0]
@@ -275,7 +273,9 @@ class VideoFolder:
                 elif not part:
                     self._add(os.path.relpath(path, self.folder), Place((path,)), None)
         for name, files in archives.items():
-            for info in _archive(tuple(files)).infolist():
+            with _open_archive(tuple(files)) as archive:
+                members = archive.infolist()
+            for info in members:
                 if not info.is_dir():
                     below = f"{os.path.relpath(name, self.folder)}/{info.filename}"
                     self._add(below, Place(tuple(files), info.filename), (info.file_size, info.CRC))
@@ -285,7 +285,12 @@ class VideoFolder:
 
 
 @lru_cache(maxsize=8)  # their directories are held in memory: half a kilobyte for each member
-def _archive(files: tuple[str, ...]) -> zipfile.ZipFile:
+def _archive(files: tuple[str, ...], stamp: tuple[int, ...]) -> zipfile.ZipFile:
+    """An open archive; stamp: when its files changed, so that no old one is read."""
+    return _open_archive(files)
+
+
+def _open_archive(files: tuple[str, ...]) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(files[0] if len(files) == 1 else io.BufferedReader(_Joined(files)))
     except zipfile.BadZipFile as error:
