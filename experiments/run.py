@@ -1,11 +1,13 @@
 """Run one experiment of this folder and write its table and plot: `make experiment NAME=headline`.
 
-`NAME/experiment.yaml` holds the question, the seeds and the arms; an arm is a list of overrides of `motionrag evaluate`.
-Every arm runs once per seed, on the same test clips and the same noise; finished runs are kept in
-outputs/experiments/NAME and not run again. Written beside the yaml:
+`NAME/experiment.yaml` holds the question, the seeds and the arms; an arm is a list of overrides of `motionrag evaluate`
+that leave one condition. Every arm runs with all seeds, on the same test clips and the same noise. Finished runs are
+kept in outputs/experiments/runs, under a name made of their overrides and the weights that ship, and are not run again,
+also when another experiment asks for them. Written beside the yaml:
 
-- results.json: per arm and domain the mean over clips and seeds, its standard error, and the paired difference to the
-  baseline arm with its standard error; settings, seeds, seconds, commit
+- results.json: per arm, domain and metric the mean over clips and seeds with its standard error, and the paired
+  difference to the baseline arm with its own; for metrics of a whole set (FVD) the mean over seeds and their standard
+  deviation; settings, seeds, seconds, commit
 - table.md, plot.png
 
 A standard error is over test clips: each clip's values are averaged over the seeds first, because one clip's seeds
@@ -13,10 +15,10 @@ are no independent evidence.
 """
 
 import argparse
+import hashlib
 import importlib
 import json
 import math
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,9 @@ from motionrag.provenance import git_state
 
 HERE = Path(__file__).parent
 OUTPUTS = HERE.parent / "outputs" / "experiments"
+WEIGHTS = HERE.parent / "src" / "motionrag" / "weights"
 METRICS = {"action_score": ("Action Score", 1), "trajectory_error": ("path error, px", -1), "dino_score": ("DINO score", 1)}  # fmt: skip
+SET_METRICS = {"fvd": ("FVD", -1)}  # no value for a clip, so no paired difference
 
 
 def verb(name: str, *overrides: str) -> dict[str, Any]:
@@ -61,19 +65,28 @@ def world(db_clips: int, test_clips: int, seed: int) -> tuple[Path, Path]:
     return db, shards
 
 
-def run_arm(out: Path, overrides: list[str]) -> None:
-    """One evaluation, unless `out` holds it already with these overrides."""
-    recipe, result = out / "overrides.json", out / "per_clip.csv"
-    if result.exists() and recipe.exists() and json.loads(recipe.read_text()) == overrides:
-        return
-    verb("evaluate", *overrides, f"out={out}", "save_clips=0")
-    write_json(recipe, overrides)
+def run_arm(overrides: list[str], seeds: list[int]) -> Path:
+    """The folder of one evaluation, which is run unless it was already with these weights."""
+    overrides = [*overrides, f"seeds={seeds}"]
+    key = hashlib.sha256(json.dumps(overrides).encode())
+    for file in sorted(p for p in WEIGHTS.rglob("*") if p.is_file()):
+        key.update(file.read_bytes())
+    out = OUTPUTS / "runs" / key.hexdigest()[:16]
+    if not (out / "metrics.json").exists():
+        verb("evaluate", *overrides, f"out={out}", "save_clips=0", "resamples=0")
+        write_json(out / "overrides.json", overrides)
+    return out
 
 
-def summarise(runs: dict[str, pd.DataFrame], baseline: str) -> dict[str, Any]:
+def summarise(folders: dict[str, Path], baseline: str) -> dict[str, Any]:
     """Arm -> domain -> metric -> mean, standard error, and both of the paired difference to the baseline."""
     table: dict[str, Any] = {}
+    runs = {arm: pd.read_csv(folder / "per_clip.csv") for arm, folder in folders.items()}
+    for rows in runs.values():
+        rows["domain"] = rows.id.str.split("-").str[1]
     for arm, rows in runs.items():
+        spread = json.loads((folders[arm] / "metrics.json").read_text())["spread"]
+        (spread,) = spread.values()  # one condition
         for domain in sorted(rows.domain.unique()):
             for metric in METRICS:
                 mine, base = (
@@ -84,6 +97,11 @@ def summarise(runs: dict[str, pd.DataFrame], baseline: str) -> dict[str, Any]:
                     "mean": mine.mean(), "standard_error": mine.sem(),
                     "difference": gain.mean(), "difference_standard_error": gain.sem(), "clips": len(mine),
                 }  # fmt: skip
+            for metric in SET_METRICS:
+                seeds = pd.Series(spread[domain][metric]["seeds"])
+                table[arm][domain][metric] = {"mean": seeds.mean(), "seeds": seeds.tolist()}
+                if len(seeds) > 1:
+                    table[arm][domain][metric]["standard_deviation"] = seeds.std()
     return table
 
 
@@ -91,8 +109,12 @@ def markdown(table: dict[str, Any], baseline: str) -> str:
     """One table for each domain; a difference of more than two standard errors is marked."""
     lines = []
     for domain in next(iter(table.values())):
-        lines += [f"**{domain} motions**", "", "| arm | " + " | ".join(h for h, _ in METRICS.values()) + " |"]
-        lines.append("|---|" + "---|" * len(METRICS))
+        lines += [
+            f"**{domain} motions**",
+            "",
+            "| arm | " + " | ".join(h for h, _ in (METRICS | SET_METRICS).values()) + " |",
+        ]
+        lines.append("|---|" + "---|" * len(METRICS | SET_METRICS))
         for arm, domains in table.items():
             cells = []
             for metric, (_, sign) in METRICS.items():
@@ -101,9 +123,12 @@ def markdown(table: dict[str, Any], baseline: str) -> str:
                 if arm != baseline and abs(v["difference"]) > 2 * v["difference_standard_error"]:
                     text += " ▲" if v["difference"] * sign > 0 else " ▼"
                 cells.append(text)
+            for metric in SET_METRICS:
+                v = domains[domain][metric]
+                cells.append(f"{v['mean']:.2f}" + (f" ± {v['standard_deviation']:.2f}" if "standard_deviation" in v else ""))  # fmt: skip
             lines.append(f"| {arm} | " + " | ".join(cells) + " |")
         lines.append("")
-    return "\n".join([*lines, f"± is the standard error over test clips; ▲ better, ▼ worse than {baseline} by more than two standard errors of the paired difference.", ""])  # fmt: skip
+    return "\n".join([*lines, f"± is the standard error over test clips, for FVD the standard deviation over seeds; ▲ better, ▼ worse than {baseline} by more than two standard errors of the paired difference.", ""])  # fmt: skip
 
 
 def plot(path: Path, table: dict[str, Any]) -> None:
@@ -135,17 +160,13 @@ def main(name: str) -> None:
     started = time.time()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         db, shards = world(**spec["world"])
-        runs: dict[str, list[pd.DataFrame]] = {}
-        for seed in spec["seeds"]:
-            for arm, overrides in spec["arms"].items():
-                out = OUTPUTS / name / f"{re.sub('[^A-Za-z0-9.]+', '-', arm)}-seed{seed}"
-                run_arm(out, [f"db={db}", f"shards={shards}", *spec["common"], *overrides, f"seed={seed}"])
-                rows = pd.read_csv(out / "per_clip.csv")
-                rows["domain"] = rows.id.str.split("-").str[1]
-                runs.setdefault(arm, []).append(rows)
-    table = summarise({arm: pd.concat(parts) for arm, parts in runs.items()}, spec["baseline"])
+        folders = {
+            arm: run_arm([f"db={db}", f"shards={shards}", *spec["common"], *overrides], spec["seeds"])
+            for arm, overrides in spec["arms"].items()
+        }
+    table = summarise(folders, spec["baseline"])
     if any(math.isnan(v["mean"]) for d in table.values() for m in d.values() for v in m.values()):
-        raise MotionRAGError(f"{name}: a mean is not a number; remove {OUTPUTS / name} and run again")
+        raise MotionRAGError(f"{name}: a mean is not a number; remove {OUTPUTS / 'runs'} and run again")
     about = {"question": spec["question"], "seeds": spec["seeds"], "command": f"make experiment NAME={name}"}
     about |= {"spec": spec, "seconds": round(time.time() - started), "checkout": git_state(HERE.parent)}
     write_json(folder / "results.json", about | {"arms": table})
