@@ -15,6 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+
+from motionrag.cli import conf_dir, train
 
 MISSING = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(name) is None]
 REASON = "SLURM IS NOT TESTED HERE: "
@@ -33,23 +36,28 @@ def cluster(tmp_path_factory):
     script = Path(__file__).parent / "cluster.sh"
     subprocess.run([script, "up", folder], check=True)
     try:
-        yield {"SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
+        yield {"SLURM_CONF": str(folder / "slurm.conf")}
     finally:
         subprocess.run([script, "down", folder], check=True)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> list[str]:
-    """Overrides that name a few synthetic clips."""
-    from hydra import compose, initialize_config_dir
-
-    from motionrag.cli import conf_dir, train
-
-    out = tmp_path_factory.mktemp("world") / "data"
+def config(*overrides):
+    """The composed config of `motionrag train`."""
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        cfg = compose("train", overrides=["stage=adapter", "run_dir=.", "shards=.", "db=."])
-    train.make_motionworld(str(out), 16, 0, {"known": 1.0}, cfg.encoders)
-    return [*"experiment=smoke logger=csv make=null".split(), f"shards={out}/shards", f"db={out}/db"]
+        return compose("train", overrides=list(overrides))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, list[str]]:
+    """Experiment -> overrides that run it on a few synthetic clips."""
+    out = tmp_path_factory.mktemp("world") / "data"
+    encoders = config("stage=adapter", "run_dir=.", "shards=.", "db=.").encoders
+    train.make_motionworld(str(out), 16, 0, {"known": 1.0}, encoders)
+    words = ["logger=csv", "make=null", f"db={out}/db"]
+    return {
+        "smoke": ["experiment=smoke", *words, f"shards={out}/shards"],
+        "smoke_cama": ["experiment=smoke_cama", *words],
+    }
 
 
 def rows(folder: Path) -> dict[str, dict]:
@@ -67,7 +75,14 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def test_a_job_array_in_which_one_job_fails(cluster, data, motionrag, tmp_path):
-    words = ["train", *data, "ckpt_path=null,none.ckpt", "launcher=slurm", "-m", "hydra.sweep.dir=S"]
+    words = [
+        "train",
+        *data["smoke_cama"],
+        "ckpt_path=null,none.ckpt",
+        "launcher=slurm",
+        "-m",
+        "hydra.sweep.dir=S",
+    ]
     done = motionrag(*words, **cluster)
     assert done.returncode == 2, done.stderr
     assert "1 of 2 points failed, the first ckpt_path=none.ckpt: ckpt_path=none.ckpt: no such" in done.stderr
@@ -93,14 +108,14 @@ def test_a_job_array_in_which_one_job_fails(cluster, data, motionrag, tmp_path):
 
 
 def test_a_preempted_run_of_two_tasks_continues(cluster, data, tmp_path):
-    words = ["train", *data, "trainer=ddp_cpu", f"trainer.max_steps={STEPS}", "data.batch_size=2"]
+    words = [*data["smoke"], "trainer=ddp_cpu", f"trainer.max_steps={STEPS}", "data.batch_size=2"]
     words += [f"trainer.val_check_interval={STEPS}", f"callbacks.last.every_n_train_steps={STEPS}"]
-    environment = {**os.environ, **cluster, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "motionrag.cli", *words]
-    subprocess.run([*command, "hydra.run.dir=whole"], cwd=tmp_path, env=environment, check=True)
+    train.run(config(*words, f"run_dir={tmp_path}/whole"))
     expected = losses(tmp_path / "whole")
     assert [step for step, _ in expected] == list(range(STEPS))
 
+    environment = {**os.environ, **cluster, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "motionrag.cli", "train", *words]
     sweep = subprocess.Popen(
         [*command, "launcher=slurm", "hydra.sweep.dir=S"],
         cwd=tmp_path,

@@ -148,7 +148,8 @@ def start(count: int, cfg: DictConfig) -> dict[str, Any]:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its reports repeat the error
     # Ranks are forked from a process that has imported everything and done nothing: all runs of a sweep share the
     # seconds of importing, and no thread or GPU context is ever forked.
-    multiprocessing.set_forkserver_preload(["motionrag.lit.adapter_module", "motionrag.cli.train"])
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    multiprocessing.set_forkserver_preload(["motionrag.cli.train", *sorted(_modules(resolved))])
     # a rank that was killed leaves a semaphore behind; Python removes it and would warn after our error
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     with tempfile.TemporaryDirectory(prefix="motionrag-ranks-") as folder:
@@ -165,11 +166,23 @@ def start(count: int, cfg: DictConfig) -> dict[str, Any]:
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
-            return elastic_launch(config, _train)(OmegaConf.to_container(cfg, resolve=True))[0]
+            return elastic_launch(config, _train)(resolved)[0]
         except ChildFailedError as error:
             raise MotionRAGError(_reason(error.failures, count)) from None
         except SignalException as error:
             raise SystemExit(128 + error.sigval) from None
+
+
+def _modules(config: Any) -> set[str]:
+    """What has to be imported for everything that a resolved config will instantiate.
+
+    Of a class's method that is the class, which cannot be imported; its module then has been, and Python goes on.
+    """
+    if isinstance(config, dict):
+        target = config.get("_target_")
+        own = {target.rpartition(".")[0]} if isinstance(target, str) else set()
+        return own.union(*map(_modules, config.values()))
+    return set().union(*map(_modules, config)) if isinstance(config, list) else set()
 
 
 def _train(cfg: dict[str, Any]) -> dict[str, Any]:
