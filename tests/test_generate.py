@@ -145,6 +145,13 @@ def test_adapted_tokens(model):
         assert not torch.allclose(model.adapt(*changed), tokens, atol=1e-4)
 
 
+def test_the_range_in_which_the_reference_shows_cama_the_picture(model, monkeypatch):
+    motion, appearance, image = noise(1, 3, 64, 24), noise(1, 3, 17, 24), noise(1, 3, 32, 32)
+    expected = model.adapt(motion, appearance, image / 2 + 0.5)
+    monkeypatch.setattr(model.backbone, "reference_quirks", True)
+    assert torch.equal(model.adapt(motion, appearance, image), expected)
+
+
 def test_more_references_than_positions(model):
     motion, appearance = noise(1, 32, 64, 24), noise(1, 32, 17, 24)
     assert model.adapt(motion[:, :31], appearance[:, :31], noise(1, 3, 32, 32)).shape == (1, 8, 128)

@@ -4,6 +4,7 @@
 `NAME.json` says what they are. The prefixes are the same in every file, so nothing ever renames a key.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -80,6 +81,35 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if manifest and manifest.get("sha256") != sha256(path):
         raise MotionRAGError(f"{path} is not the file that {beside.name} describes: copy both again")
     return state, manifest
+
+
+def read_pickled(path: Path) -> dict[str, Any]:
+    """What a `.ckpt` file of Lightning, DeepSpeed or plain PyTorch holds by name, mapped from the file.
+
+    Nothing that is in it is run. Raises MotionRAGError when there is anything but tensors and plain containers in it,
+    when it is damaged, and when it holds nothing by name.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise MotionRAGError(
+                f"{path} holds {found[1]}: expected tensors only; nothing was loaded, since such a file may run code. "
+                "Save its state_dict alone, or get the published file again"
+            ) from error
+        raise MotionRAGError(
+            f"{path} is not a whole checkpoint of torch.save's zip format (damaged or cut off, or another kind of "
+            "file): get it again"
+        ) from error
+    held = content if isinstance(content, dict) else {}
+    held = held.get("state_dict", held.get("module", held))  # of Lightning, of DeepSpeed
+    if not isinstance(held, dict) or not held or not all(isinstance(key, str) for key in held):
+        raise MotionRAGError(
+            f"{path} holds no tensors by name, neither at the top nor under state_dict or module"
+        )
+    return {key.removeprefix("_forward_module."): value for key, value in held.items()}
 
 
 def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:

@@ -113,6 +113,8 @@ class MotionRAG:
             raise MotionRAGError(
                 f"k={reference_motion.shape[1]}: this CAMA takes at most {most} reference clips; lower k"
             )
+        if getattr(self.backbone, "reference_quirks", False):
+            image = image / 2 + 0.5
         return self.cama.predict(
             self.motion_tokens(reference_motion), reference_appearance, self.appearance_encoder(image)
         )

@@ -13,7 +13,6 @@ Tensors keep their values and precision; only their names change. What the refer
 in DynamiCrafter also the adapter's queries) is drawn from a fixed seed, and left out again on the way back.
 """
 
-import re
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,7 +26,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from motionrag.checkpoint import read_weights, save_weights
+from motionrag.checkpoint import read_pickled, read_weights, save_weights
 from motionrag.errors import MotionRAGError
 from motionrag.io import write_text
 from motionrag.modules.motion_adapter import MotionAdapter
@@ -250,25 +249,9 @@ def _with_sites(release: Release, sites: Mapping[str, int] | None) -> Release:
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint, mapped from the file; runs nothing that is in it."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except PermissionError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
-            raise MotionRAGError(
-                f"{path} holds {found[1]}: expected tensors only; nothing was loaded, since such a file can run code. "
-                "Save its state_dict alone, or get the published file again"
-            ) from error
-        raise MotionRAGError(
-            f"{path} is not a whole checkpoint of torch.save's zip format (damaged, cut off or another kind of file): "
-            "get it again"
-        ) from error
-    tensors = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not tensors:
-        raise MotionRAGError(f"{path} holds no tensors by name, neither at the top nor under state_dict")
+    tensors = read_pickled(path)
     for key, value in tensors.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor) or not value.is_floating_point():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise MotionRAGError(f"{path}: {key} is {kind}, expected a tensor of floats")
     return {key: value.detach() for key, value in tensors.items()}

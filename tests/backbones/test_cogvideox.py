@@ -60,3 +60,10 @@ def test_sentence_states_are_zero_where_there_is_no_token():
     states = text(["a ball rolls", ""])
     assert states.shape == (2, 12, 384)
     assert (states.abs().sum(-1) > 0).sum(1).tolist() == [5, 2]  # start and end count
+
+
+def test_one_noise_level_for_all_images_is_a_choice():
+    for quirks, levels in ((False, 3), (True, 1)):
+        backbone = CogVideoX.tiny(text=words, reference_quirks=quirks, num_layers=1)
+        drawn = backbone.image_noise_level(3, torch.Generator().manual_seed(0))
+        assert drawn.shape == (3,) and len(drawn.unique()) == levels

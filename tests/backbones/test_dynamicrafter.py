@@ -1,5 +1,6 @@
 """DynamiCrafter beyond the contract: its encoders, conditions, sampling options, files, and the command line."""
 
+import copy
 import importlib.util
 import inspect
 import json
@@ -151,11 +152,23 @@ def test_dropping_broadcasts():
     assert not out[[0, 2]].any() and torch.equal(out[1], states[1])
 
 
+def fixed_rate(backbone, fs):
+    """The same networks, told one rate for all clips."""
+    other = copy.copy(backbone)
+    other.training_fs = fs
+    return other
+
+
 def test_frame_rate_condition(backbone, calls):
     latents = noise(2, 9, 4, 4, 4)
     context = backbone.encode_context(["a", "b"], IMAGE.expand(2, -1, -1, -1))
-    backbone.loss(latents, latents[:, :1], context, torch.Generator().manual_seed(0))
-    assert calls.pop()[3].tolist() == [8, 8]  # the clips' rate
+    conditions = latents, latents[:, :1], context, torch.Generator().manual_seed(0)
+    backbone.loss(*conditions)
+    assert calls.pop()[3].tolist() == [8, 8]  # clips without a rate of their own
+    backbone.loss(*conditions, fps=torch.tensor([12.0, 10.0]))
+    assert calls.pop()[3].tolist() == [12, 10]
+    fixed_rate(backbone, 3).loss(*conditions, fps=torch.tensor([12.0, 10.0]))
+    assert calls.pop()[3].tolist() == [3, 3]
     sample(backbone, steps=1)
     assert calls.pop()[3].tolist() == [15, 15]
 

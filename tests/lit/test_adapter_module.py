@@ -84,6 +84,16 @@ def test_options_that_must_not_change_the_numbers(adapter_module, batch):
     )
 
 
+def test_clips_at_several_rates_are_told_apart(adapter_module, batch):
+    """Each rate has latents of its own in the cache, and the backbone hears of it; first frames are shared."""
+    module = adapter_module(cache=True)
+    batch.clip_id, batch.fps = ["same", "same"], torch.tensor([8.0, 12.0])
+    latents, *_, fps = module._conditions(batch, "noise")
+    assert not torch.equal(latents[0], latents[1]) and fps is batch.fps
+    assert set(module._kept["latents"]) == {("same", 8.0), ("same", 12.0)}
+    assert set(module._kept["context"]) == {("same", 0)}
+
+
 def check_same_step(adapter_module, batch, variants):
     results = []
     for options in variants:

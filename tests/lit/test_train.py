@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from motionrag import cli
 from motionrag.checkpoint import read_weights
 from motionrag.cli import train
 from motionrag.errors import MotionRAGError
@@ -107,11 +108,11 @@ def test_continuing_a_run_gives_the_same_losses(world, tmp_path):
     )
 
 
-def test_two_processes(motionrag, tmp_path):
-    done = motionrag("train", "experiment=smoke", "trainer=ddp_cpu", "hydra.run.dir=run", OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
+def test_two_processes(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "experiment=smoke", "trainer=ddp_cpu", "hydra.run.dir=run", *world]) == 0
     assert len(losses(tmp_path / "run")) == 4
-    assert "4 steps" in done.stdout
+    assert "4 steps" in capsys.readouterr().out
 
 
 def test_wandb_offline(world, tmp_path, monkeypatch):
@@ -136,6 +137,17 @@ def test_mistakes_get_one_line(world, tmp_path):
         smoke(
             world, tmp_path / "other", f"ckpt_path={tmp_path}/run/checkpoints/last.ckpt", "resampler.dim=64"
         )
+
+
+def test_an_option_of_another_backbone_is_named(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "experiment=tiny_adapter", "backbone=svd_tiny", *world, "logger=csv", "hydra.run.dir=run"]
+    assert cli.main(words) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "svd.SVD.tiny takes no min_timestep: leave it out with ~backbone.min_timestep" in line
+    assert cli.main([*words, "~backbone.min_timestep"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "~backbone.text_dropout" in line
 
 
 def test_data_is_made_once(world, capsys):

@@ -89,10 +89,12 @@ class Backbone(Protocol):
         context: Tensor,
         generator: torch.Generator | None = None,
         noise_level: Tensor | None = None,
+        fps: Tensor | None = None,
     ) -> Tensor:
         """The backbone's own diffusion loss, a scalar; reads whatever motion tokens the attached adapter holds.
 
-        `noise_level` (B,) is the one that `image_latents` were encoded with.
+        `noise_level` (B,) is the one that `image_latents` were encoded with; `fps` (B,) each clip's frame rate, for
+        networks that are told it, None where it has none of its own.
         """
 
     def sample(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from motionrag.backbones.base import MotionInput
 from motionrag.backbones.parts import read_parts
+from motionrag.backbones.sampling import denoising, generators
 from motionrag.encoders import CaptionEncoder, resolve_weights
 from motionrag.errors import MotionRAGError
 from motionrag.modules.diffusion import (
@@ -106,6 +107,8 @@ class CogVideoX:
         min_timestep: lowest time step that training draws. Motion is decided at high noise, so a short Stage 1 learns
             more from there; 0 is the reference.
         text_dropout: share of training samples that see the empty prompt.
+        reference_quirks: two oddities of the reference. In inference CAMA sees the target image in [0, 1] beside
+            references in [-1, 1]; in training all condition images of a batch get one noise level.
         vae_tiling: let the autoencoder work on tiles, for less memory; blends their seams, so pixels differ a little.
         random_weights: no trained weights were loaded.
     """
@@ -124,12 +127,14 @@ class CogVideoX:
         name: str = "cogvideox",
         min_timestep: int = 0,
         text_dropout: float = 0.15,
+        reference_quirks: bool = False,
         vae_tiling: bool = False,
         random_weights: bool = False,
     ):
         self.vae, self.denoiser, self.scheduler, self.text = vae, transformer, scheduler, text
         self.frames, self.fps, self.name, self.min_timestep = frames, fps, name, min_timestep
         self.text_dropout, self.random_weights = text_dropout, random_weights
+        self.reference_quirks = reference_quirks
         self._empty_prompt: Tensor | None = None
         self.spatial = 2 ** (len(vae.config.block_out_channels) - 1)
         self.height = transformer.config.sample_height * self.spatial
@@ -164,8 +169,9 @@ class CogVideoX:
 
     @classmethod
     def tiny(
-        cls, seed: int = 0, text: Callable[[Sequence[str]], Tensor] | None = None, **transformer
-    ) -> CogVideoX:
+        cls, seed: int = 0, text: Callable[[Sequence[str]], Tensor] | None = None, reference_quirks: bool = False,
+        **transformer,
+    ) -> CogVideoX:  # fmt: skip
         """The architecture of the shipped tiny model with random weights; for tests. Sizes can be overridden."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -178,6 +184,7 @@ class CogVideoX:
             text or SentenceText(),
             9,
             name="cogvideox_tiny",
+            reference_quirks=reference_quirks,
             random_weights=True,
         )
 
@@ -232,8 +239,8 @@ class CogVideoX:
         return latents.float().to(self.device)
 
     def image_noise_level(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """exp(N(-3, .5)) for each image, (B,)."""
-        return image_noise_sigma(batch, generator)
+        """exp(N(-3, .5)) for each image, (B,); with `reference_quirks` one for all."""
+        return image_noise_sigma(1 if self.reference_quirks else batch, generator).expand(batch)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> (B, L, D)."""
@@ -284,12 +291,12 @@ class CogVideoX:
 
     def loss(
         self, latents: Tensor, image_latents: Tensor, context: Tensor,
-        generator: torch.Generator | None = None, noise_level: Tensor | None = None,
+        generator: torch.Generator | None = None, noise_level: Tensor | None = None, fps: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """v-prediction MSE at uniform time steps from `min_timestep` on, a scalar.
 
-        Equals the reference's weighted x0 loss when `min_timestep` is 0. The image's noise level is not told to the
-        network.
+        Equals the reference's weighted x0 loss when `min_timestep` is 0. Neither the image's noise level nor the frame
+        rate is told to the network.
         """
         steps = self.scheduler.config.num_train_timesteps
         timesteps = torch.randint(self.min_timestep, steps, (len(latents),), generator=generator).to(
@@ -312,34 +319,26 @@ class CogVideoX:
         Each sample has its own seed, so its noise does not depend on its batch. The guided order is
         [unconditional, conditional]; guidance 1 runs the conditional half alone.
         """
-        if len(seeds) != len(image):
-            raise ValueError(f"{len(image)} images but {len(seeds)} seeds")
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise_of = generators(seeds, image)
         image_latents = self.encode_image(image)
         frames = (self.frames - 1) // self.vae.config.temporal_compression_ratio + 1
         shape = (len(image), frames, *image_latents.shape[2:])
-        latents = randn_tensor(shape, generators, self.device, torch.float32)
+        latents = randn_tensor(shape, noise_of, self.device, torch.float32)
         guided = guidance != 1
         if guided:
             context = torch.cat([null_context.expand_as(context), context])
             image_latents = torch.cat([image_latents] * 2)
         self.scheduler.set_timesteps(steps, device=self.device)
         timesteps, previous = self.scheduler.timesteps, None
-        if progress:
-            from tqdm import tqdm
-
-            timesteps_shown = tqdm(timesteps, desc="denoising", leave=False)
-        else:
-            timesteps_shown = timesteps
         with motion.use(guided) if motion else nullcontext():
-            for i, t in enumerate(timesteps_shown):
+            for i, t in denoising(enumerate(timesteps), timesteps, progress):
                 both = torch.cat([latents] * 2) if guided else latents
                 velocity = self.predict(both, image_latents, context, t.expand(len(both))).float()
                 if guided:
                     without, with_ = velocity.chunk(2)
                     velocity = without + guidance * (with_ - without)
                 latents, previous = self.scheduler.step(
-                    velocity, previous, t, timesteps[i - 1] if i else None, latents, generator=generators,
+                    velocity, previous, t, timesteps[i - 1] if i else None, latents, generator=noise_of,
                     return_dict=False,
                 )  # fmt: skip
         return self.decode(latents)

@@ -33,6 +33,7 @@ from motionrag.backbones.dynamicrafter_encoders import (
 from motionrag.backbones.dynamicrafter_unet import TINY_UNET, DynamiCrafterUNet
 from motionrag.backbones.dynamicrafter_weights import load_checkpoint
 from motionrag.backbones.parts import read_parts
+from motionrag.backbones.sampling import denoising, generators
 from motionrag.encoders import resolve_weights
 from motionrag.errors import MotionRAGError
 from motionrag.modules.ddim import Prediction, Schedule, Spacing, Step, ddim_step, guide
@@ -150,8 +151,8 @@ class DynamiCrafter:
         frames, height, width, fps: clips it is used with.
         name: what results and checkpoints call it.
         prediction: what the UNet predicts, "v", or "noise" (256 x 256 model).
-        training_fs, sampling_fs: the frame-rate condition; in training `fps` if None. The reference's 15 in sampling
-            is not the rate that it trains with.
+        training_fs, sampling_fs: the frame-rate condition; in training if None each clip's own rate, or `fps` where a
+            clip has none. The reference's 15 in sampling is not a rate that it trains with.
         spacing, eta: of DDIM sampling; "uniform" is the reference's, see `Schedule.steps`.
         guidance_rescale: see `guide`; 0 is the reference's.
         image_guidance: guidance scale of the image, apart from the text's; None: one scale for both. Motion goes with
@@ -193,7 +194,7 @@ class DynamiCrafter:
         self.text, self.image_encoder, self.image_resampler = text, image_encoder, image_resampler
         self.frames, self.height, self.width, self.fps, self.name = frames, height, width, fps, name
         self.prediction = prediction
-        self.training_fs, self.sampling_fs = int(fps) if training_fs is None else training_fs, sampling_fs
+        self.training_fs, self.sampling_fs = training_fs, sampling_fs
         self.spacing, self.eta = spacing, eta
         self.guidance_rescale, self.image_guidance = guidance_rescale, image_guidance
         self.random_frame, self.condition_dropout = random_frame, condition_dropout
@@ -396,13 +397,17 @@ class DynamiCrafter:
 
     def loss(
         self, latents: Tensor, image_latents: Tensor, context: Tensor, generator: torch.Generator | None = None,
-        noise_level: Tensor | None = None,
+        noise_level: Tensor | None = None, fps: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """MSE on v (or on the noise) at uniform time steps, of dynamically rescaled latents; a scalar."""
         timesteps = torch.randint(0, len(self.schedule), (len(latents),), generator=generator)
         noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
         x0, abar = self.schedule.rescale(latents, timesteps), self.schedule.abar[timesteps]
-        fs = torch.full((len(latents),), self.training_fs)
+        if fps is None or self.training_fs is not None:
+            fps = torch.full(
+                (len(latents),), float(self.fps if self.training_fs is None else self.training_fs)
+            )
+        fs = fps.round().long()
         predicted = self.predict(add_noise(x0, noise, abar), image_latents, context, timesteps, fs)
         return v_loss(predicted, x0, noise, abar) if self.prediction == "v" else F.mse_loss(predicted, noise)
 
@@ -418,24 +423,18 @@ class DynamiCrafter:
         Each sample has its own seed, so its noise does not depend on its batch. Guidance 1 runs the conditional part
         alone.
         """
-        if len(seeds) != len(image):
-            raise ValueError(f"{len(image)} images but {len(seeds)} seeds")
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise_of = generators(seeds, image)
         image_latents = self.encode_image(image)
         shape = (len(image), self.frames, *image_latents.shape[2:])
 
         def noise() -> Tensor:
-            return randn_tensor(shape, generators, self.device, torch.float32)
+            return randn_tensor(shape, noise_of, self.device, torch.float32)
 
         steps_taken = self.denoise(
             noise(), image_latents, context, null_context, steps=steps, guidance=guidance,
             fs=torch.full((len(image),), self.sampling_fs), noises=(noise() for _ in count()), motion=motion,
         )  # fmt: skip
-        if progress:
-            from tqdm import tqdm
-
-            steps_taken = tqdm(steps_taken, desc="denoising", leave=False, total=len(self.steps(steps)))
-        for step in steps_taken:
+        for step in denoising(steps_taken, self.steps(steps), progress):
             latents = step.latents
         return self.decode(latents)
 

@@ -15,13 +15,11 @@ The noise schedule's buffers are in there too; they are computed here, not read.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from motionrag.checkpoint import check_state
+from motionrag.checkpoint import check_state, read_pickled
 from motionrag.errors import MotionRAGError
 
 State = dict[str, Tensor]
@@ -220,18 +218,7 @@ def _read(path: Path) -> State:
     """All tensors of a checkpoint, mapped from the file."""
     if not path.is_file():
         raise MotionRAGError(f"no checkpoint {path}: give the model.ckpt of Doubiiu/DynamiCrafter_1024")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UnpicklingError as error:
-        raise MotionRAGError(
-            f"{path} holds more than tensors and may run code, so nothing was loaded: get the published file again"
-        ) from error
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
-        raise MotionRAGError(f"{path} is damaged or cut off ({error}): get it again") from error
-    if isinstance(content, Mapping) and "module" in content:  # as deepspeed wrote it
-        state = {key.removeprefix("_forward_module."): value for key, value in content["module"].items()}
-    else:
-        state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    state = read_pickled(path)
+    if not all(isinstance(value, Tensor) for value in state.values()):
         raise MotionRAGError(f"{path} holds no tensors by name: give a published DynamiCrafter model.ckpt")
-    return dict(state)
+    return state

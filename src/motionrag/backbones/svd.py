@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from motionrag.backbones.base import MotionInput
 from motionrag.backbones.parts import read_parts
+from motionrag.backbones.sampling import denoising, generators
 from motionrag.errors import MotionRAGError
 from motionrag.modules.diffusion import edm_loss, edm_scalings, edm_sigma, image_noise_sigma, noisy_image
 
@@ -261,9 +262,9 @@ class SVD:
 
     def loss(
         self, latents: Tensor, image_latents: Tensor, context: Tensor,
-        generator: torch.Generator | None = None, noise_level: Tensor | None = None,
+        generator: torch.Generator | None = None, noise_level: Tensor | None = None, fps: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """The EDM loss at sigma = exp(N(.7, 1.6)), a scalar."""
+        """The EDM loss at sigma = exp(N(.7, 1.6)), a scalar. The network is told `fps_id`, never a clip's own rate."""
         sigma = edm_sigma(len(latents), generator).to(latents)
         noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
         noisy = latents + sigma.reshape(-1, 1, 1, 1, 1) * noise
@@ -281,14 +282,12 @@ class SVD:
         Guidance rises from 1 at the first frame to `guidance` at the last. Its unconditional half sees neither
         context nor image latents; the order is [unconditional, conditional].
         """
-        if len(seeds) != len(image):
-            raise ValueError(f"{len(image)} images but {len(seeds)} seeds")
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise_of = generators(seeds, image)
         level = torch.full((len(image),), self.noise_aug)
-        image_latents = self.encode_image(image.to(self.device), generators, level)
+        image_latents = self.encode_image(image.to(self.device), noise_of, level)
         self.scheduler.set_timesteps(steps, device=self.device)
         shape = (len(image), self.frames, *image_latents.shape[2:])
-        latents = randn_tensor(shape, generators, self.device, torch.float32)
+        latents = randn_tensor(shape, noise_of, self.device, torch.float32)
         latents = latents * self.scheduler.init_noise_sigma
         guided = guidance != 1
         if guided:
@@ -296,12 +295,8 @@ class SVD:
             image_latents = torch.cat([torch.zeros_like(image_latents), image_latents])
             weight = torch.linspace(1, guidance, self.frames, device=self.device).reshape(-1, 1, 1, 1)
         timesteps = self.scheduler.timesteps
-        if progress:
-            from tqdm import tqdm
-
-            timesteps = tqdm(timesteps, desc="denoising", leave=False)
         with motion.use(guided) if motion else nullcontext():
-            for t in timesteps:
+            for t in denoising(timesteps, timesteps, progress):
                 both = torch.cat([latents] * 2) if guided else latents
                 scaled = self.scheduler.scale_model_input(both, t)
                 output = self.predict(scaled, image_latents, context, t, self.noise_aug).float()

@@ -62,6 +62,8 @@ VERBS: dict[str, Verb] = {
 ALIASES = {"launcher": "hydra/launcher", "retrieval.k": "k"}
 # Keys whose values are prose: taken literally, never as numbers, lists or sweeps.
 TEXT_KEYS = frozenset({"prompt", "motion_prompt", "negative_prompt"})
+# Packages that only some choices need -> the extra of ours that brings them.
+EXTRAS = {"bitsandbytes": "8bit", "optuna": "sweep"}
 # Hydra's own options: those that take the next word as their value, and the others.
 OPTIONS_WITH_VALUE = frozenset(
     "--cfg -c --package -p --config-path -cp --config-name -cn --config-dir -cd --experimental-rerun".split()
@@ -382,8 +384,22 @@ def user_message(error: BaseException) -> str | None:
             return f"no space left on the device{where}: free some or write to another place (out=DIR or hydra.run.dir=DIR)"
         if isinstance(link, OSError) and link.errno in (errno.EACCES, errno.EROFS):
             return f"no permission for {link.filename}: choose another place or change the rights"
+        if isinstance(link, ModuleNotFoundError) and link.name in EXTRAS:
+            return f"this needs {link.name}, which is not installed: pip install 'motionrag[{EXTRAS[link.name]}]'"
         link = link.__cause__
-    return _omegaconf_message(error)
+    return _omegaconf_message(error) or _foreign_option(error)
+
+
+def _foreign_option(error: BaseException) -> str | None:
+    """One line for an option that a `_target_` does not take, such as one an experiment sets for another backbone."""
+    text = str(error)
+    option = re.search(r"unexpected keyword argument '(\w+)'", text)
+    target, key = re.search(r"call to target '([\w.]+)'", text), re.search(r"full_key: (\S+)", text)
+    if not (option and target and key):
+        return None
+    tail = key[1].rpartition(".")[2]  # module.backbone is the config group backbone
+    name = f"{tail if (conf_dir() / tail).is_dir() else key[1]}.{option[1]}"
+    return f"{target[1]} takes no {option[1]}: leave it out with ~{name} (an experiment may set it for another choice)"
 
 
 def _omegaconf_message(error: BaseException) -> str | None:

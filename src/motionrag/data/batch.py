@@ -20,6 +20,7 @@ class MotionBatch:
     # Place of each clip in the endless training stream: what all randomness of its step is drawn from.
     position: list[int]
     video: Tensor | None = None  # (B, T, 3, H, W) float32 in [-1, 1]
+    fps: Tensor | None = None  # (B,) float32, rate at which the frames were taken; None: spread over the clip
     target_motion: Tensor | None = None  # (B, N, D) float32
     target_appearance: Tensor | None = None  # (B, M, E) float32
     reference_id: list[list[str]] | None = None  # B x K
@@ -40,6 +41,7 @@ class MotionBatch:
             )
         ranks = {
             "video": 5,
+            "fps": 1,
             "target_motion": 3,
             "target_appearance": 3,
             "reference_motion": 4,

@@ -111,14 +111,16 @@ class ShardClips:
         return _column(self.table, column)
 
     def read(self, index: int, position: int = 0) -> dict[str, Any]:
-        """One clip: video, caption, and its motion features if there is a database."""
-        drawn = np.random.default_rng((self.seed, position)).integers(len(self.rates))
+        """One clip: video, its frame rate, caption, and its motion features if there is a database."""
+        rate = self.rates[np.random.default_rng((self.seed, position)).integers(len(self.rates))]
         record = catalog.record(self.table, index)
         clip = {
             "clip_id": record["id"],
             "captions": record["caption"],
-            "video": self._read(index, self.rates[drawn]),
+            "video": self._read(index, rate),
         }
+        if rate is not None:
+            clip["fps"] = torch.tensor(rate, dtype=torch.float32)
         if self.db is not None:
             clip["target_motion"] = self.db.motion_features([record["id"]])[0]
         return clip

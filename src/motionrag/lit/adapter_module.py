@@ -1,17 +1,18 @@
 """Stage 1: teach a frozen backbone to follow motion tokens."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from motionrag.backbones.base import RANDOM_WEIGHTS, Backbone, MotionInput
 from motionrag.checkpoint import check_state, load_weights
 from motionrag.data.batch import MotionBatch
 from motionrag.encoders import MotionEncoder
+from motionrag.lit.optimizers import MakeOptimizer, MakeScheduler, configured
 from motionrag.modules.motion_adapter import MotionAdapter
 from motionrag.modules.resampler import Resampler
 
@@ -55,9 +56,9 @@ class AdapterModule(L.LightningModule):
         backbone: Backbone,
         resampler: Resampler,
         motion_adapter: Callable[..., MotionAdapter],
-        optimizer: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer],
+        optimizer: MakeOptimizer,
         motion_encoder: MotionEncoder,
-        scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+        scheduler: MakeScheduler | None = None,
         reference_dropout: float = 0.15,
         weights: str | None = None,
         gradient_checkpointing: bool = False,
@@ -169,30 +170,35 @@ class AdapterModule(L.LightningModule):
     @torch.no_grad()
     def _conditions(
         self, batch: MotionBatch, purpose: str, dropout: list[torch.Generator] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, torch.Generator, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, torch.Generator, Tensor | None, Tensor | None]:
         """Arguments of the backbone's loss; with `dropout`, one generator a clip, conditions are left out."""
         backbone, clips = self.backbone, batch.clip_id
         generator = torch.Generator().manual_seed(step_seed(self.seed, purpose, batch.position[0]))
+        rates = [None] * len(batch) if batch.fps is None else batch.fps.tolist()
         frames = [0] * len(batch)
         if backbone.random_frame:
             frames = torch.randint(backbone.frames, (len(batch),), generator=generator).tolist()
         images = batch.video[range(len(batch)), frames]
+        # the first frame is the same at every rate
+        pictures = [(c, f, *([r] if f and r else [])) for c, f, r in zip(clips, frames, rates, strict=True)]
         latents = self._encoded(
-            "latents", [(clip,) for clip in clips], lambda rows: backbone.encode_video(batch.video[rows])
+            "latents",
+            list(zip(clips, rates, strict=True)),
+            lambda rows: backbone.encode_video(batch.video[rows]),
         )
         context = self._encoded(
             "context",
-            list(zip(clips, frames, strict=True)),
+            pictures,
             lambda rows: backbone.encode_context([batch.captions[r] for r in rows], images[rows]),
         )
-        image_latents, level = self._image_latents(images, list(zip(clips, frames, strict=True)), generator)
+        image_latents, level = self._image_latents(images, pictures, generator)
         if dropout is not None:
             kept = [
                 backbone.drop_conditions(context[i : i + 1], image_latents[i : i + 1], g)
                 for i, g in enumerate(dropout)
             ]
             context, image_latents = (torch.cat(part) for part in zip(*kept, strict=True))
-        return latents, image_latents, context, generator, level
+        return latents, image_latents, context, generator, level, batch.fps
 
     def _image_latents(
         self, images: Tensor, names: list[tuple], generator: torch.Generator
@@ -227,13 +233,7 @@ class AdapterModule(L.LightningModule):
         return torch.stack([kept[name] for name in names]).to(self.device)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self._make_optimizer(self.parameters())
-        if self._make_scheduler is None:
-            return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._make_scheduler(optimizer), "interval": "step"},
-        }
+        return configured(self.parameters(), self._make_optimizer, self._make_scheduler)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_state(self.state_dict(), checkpoint["state_dict"], "the checkpoint")

@@ -1,15 +1,15 @@
 """Stage 2: teach CAMA to predict a clip's motion tokens from reference clips."""
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from motionrag.checkpoint import check_state, load_weights
 from motionrag.data.batch import MotionBatch
+from motionrag.lit.optimizers import MakeOptimizer, MakeScheduler, configured
 from motionrag.modules.cama import CAMA, cama_losses, sequence_order
 from motionrag.modules.resampler import Resampler
 
@@ -34,9 +34,9 @@ class CAMAModule(L.LightningModule):
         self,
         cama: CAMA,
         resampler: Resampler,
-        optimizer: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer],
+        optimizer: MakeOptimizer,
         resampler_weights: str | None = None,
-        scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+        scheduler: MakeScheduler | None = None,
         weights: str | None = None,
         cache: bool = False,
     ) -> None:
@@ -120,13 +120,7 @@ class CAMAModule(L.LightningModule):
         return kept.unflatten(0, features.shape[:2])
 
     def configure_optimizers(self) -> Any:
-        optimizer = self._make_optimizer(self.parameters())
-        if self._make_scheduler is None:
-            return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._make_scheduler(optimizer), "interval": "step"},
-        }
+        return configured(self.parameters(), self._make_optimizer, self._make_scheduler)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_state(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
