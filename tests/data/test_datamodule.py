@@ -235,6 +235,18 @@ def test_references_are_the_neighbours_of_other_sources(database):
         ReferenceClips(database, k=5)
 
 
+def test_validation_clips_are_nobodys_reference(database):
+    clips = ReferenceClips(database, k=2)
+    data = MotionDataModule(clips, 2, val_share=1e-9)  # one source is held out: two clips of six
+    held_out = [clips.ids[i] for i in data.val_part.indices]
+    assert len(held_out) == 2
+    for part in (data.train_part, data.val_part):
+        batch = part.__getitems__(list(range(len(part))))
+        assert not set(held_out) & {i for row in batch.reference_id for i in row}
+    with pytest.raises(MotionRAGError, match=r"k=3, but of the 4 neighbours .* only 2 .* neighbours=8"):
+        MotionDataModule(ReferenceClips(database, k=3), 2, val_share=1e-9)
+
+
 def test_shards_must_be_in_the_database(shards, database):
     with pytest.raises(MotionRAGError, match="7 of 7 clips .* are not in the database"):
         ShardClips(shards / "shards", 9, 32, 32, db=database)

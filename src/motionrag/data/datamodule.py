@@ -6,7 +6,7 @@ not depend on the number of workers or devices, and a run resumed at place `p` c
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -147,7 +147,16 @@ class ReferenceClips:
         self.ids = self.db.ids
         self.sources = self.db.column("source")
         self.shards = self.buffer = None
-        self.db.neighbours(self.ids[0], k)  # too large a k should not wait for the first batch
+        self.hold_out(())
+
+    def hold_out(self, ids: Iterable[str]) -> None:
+        """Let these clips be nobody's reference: training on a sequence learns its references' motion, too.
+
+        Raises MotionRAGError now, not at some batch, if a clip is left with fewer than k.
+        """
+        self.held_out = frozenset(ids)
+        self.db.neighbours(self.ids[0], self.k)
+        self.db.check_neighbours(self.k, self.held_out)
 
     def split(self, column: str) -> list[str]:
         """Each clip's value in a column of the packed table."""
@@ -156,7 +165,7 @@ class ReferenceClips:
     def read(self, index: int, position: int = 0) -> dict[str, Any]:
         """One clip's features and those of its references, nearest first."""
         clip_id = self.ids[index]
-        ids = [clip_id, *self.db.neighbours(clip_id, self.k)]
+        ids = [clip_id, *self.db.neighbours(clip_id, self.k, self.held_out)]
         motion, appearance = self.db.motion_features(ids), self.db.appearance_features(ids)
         return {
             "clip_id": clip_id,
@@ -268,6 +277,8 @@ class MotionDataModule(L.LightningDataModule):
             raise MotionRAGError(
                 f"no training clips among {len(clips.ids)}: lower val_share or check split_column"
             )
+        if isinstance(clips, ReferenceClips):
+            clips.hold_out(clips.ids[i] for i, val in enumerate(held_out) if val)
         shards = None if clips.shards is None else clips.shards[train]
         self.train_part = Part(clips, train, Order(len(train), seed, shards, clips.buffer))
         self.val_part = Part(clips, [i for i, val in enumerate(held_out) if val])

@@ -224,18 +224,26 @@ class RetrievalDatabase:
         table = np.load(file, mmap_mode="r" if self.mmap else None)
         return table["number"] if table.dtype.names else table
 
-    def neighbours(self, clip_id: str, k: int) -> list[str]:
+    def neighbours(self, clip_id: str, k: int, exclude: Collection[str] = frozenset()) -> list[str]:
         """The ``k`` nearest clips of other sources by motion caption, nearest first; needs no search.
 
-        Raises :class:`MotionRAGError` if the database has fewer, or ``index`` stored fewer.
+        exclude: ids that must not be among them. Raises :class:`MotionRAGError` if the database has fewer, or
+        ``index`` stored fewer.
         """
         if k > self._neighbours.shape[1]:
             raise MotionRAGError(
                 f"k={k}, but {self.path} keeps {self._neighbours.shape[1]} neighbours per clip; run "
                 f"motionrag index db={self.path} neighbours={k}"
             )
-        numbers = self._neighbours[self.row(clip_id), :k]
-        found = self._named(numbers[numbers >= 0])
+        numbers = self._neighbours[self.row(clip_id)]
+        stored = self._named(numbers[numbers >= 0])
+        found = [other for other in stored if other not in exclude][:k]
+        if len(found) < k <= len(stored):
+            raise MotionRAGError(
+                f"k={k}, but of the {len(stored)} neighbours that {self.path} keeps of '{clip_id}' only {len(found)} "
+                f"may be used, the others are validation clips; run motionrag index db={self.path} "
+                f"neighbours={2 * self._neighbours.shape[1]}"
+            )
         if len(found) < k:
             alike = self.manifest["neighbours"].get("near_duplicate")
             raise MotionRAGError(
@@ -244,6 +252,13 @@ class RetrievalDatabase:
                 "lower k or use a larger database"
             )
         return found
+
+    def check_neighbours(self, k: int, exclude: Collection[str]) -> None:
+        """Raise :class:`MotionRAGError` unless :meth:`neighbours` has ``k`` for every clip."""
+        left_out = self._numbers[[self.row(clip_id) for clip_id in exclude]]
+        usable = (self._neighbours >= 0) & ~np.isin(self._neighbours, left_out)
+        for row in np.flatnonzero(usable.sum(axis=1) < k)[:1]:
+            self.neighbours(self.ids[row], k, exclude)
 
     def _named(self, numbers: np.ndarray) -> list[str]:
         return [self.ids[row] for row in np.searchsorted(self._numbers, numbers)]
