@@ -394,7 +394,7 @@ def test_a_full_disk(tmp_path, how):
             pack(tmp_path / "t.csv", videos, out, shard_size=2)
         reason = {"file system": "No space left on device", "file size": "File too large"}[how]
         assert str(caught.value) == (
-            f"out={out}: {reason}; 1 finished shard(s) are kept in .out.partial: make room and run the same command again"
+            f"out={out}: {reason}; make room and run the same command again (1 finished shard(s) are kept in .out.partial)"
         )
         left = sorted(path.name for path in (tmp_path / "disk").rglob("*") if path.is_file())
         assert left == ["clips-000000.tar", "clips-000000.tar.json", "lock", "plan.json"]

@@ -1,6 +1,8 @@
 """Data sets as they are published: tables, folders and zip archives, splits that do not leak."""
 
 import json
+import re
+import shlex
 import shutil
 import zipfile
 
@@ -320,3 +322,17 @@ def test_bad_shares(openvid, tmp_path, splits, message):
     with pytest.raises(MotionRAGError, match=message):
         pack(openvid / "OpenVid-1M.csv", openvid, tmp_path / "out", splits=splits, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["OpenVid-1M"]
+
+
+def test_the_commands_of_the_docs_are_complete(root):
+    blocks = re.findall(
+        r"^```bash\n(.*?)^```", (root / "docs/data.md").read_text(encoding="utf-8"), flags=re.M | re.S
+    )
+    lines = "".join(blocks).splitlines()
+    assert len(lines) > 10
+    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf_dir())):
+        for line in lines:
+            program, verb, *words = shlex.split(line, comments=True)
+            assert program == "motionrag"
+            if verb in ("pack", "caption"):
+                assert not cli.missing_keys(compose(verb, overrides=cli.overrides_from_words(verb, words)))

@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -350,6 +350,10 @@ def _map(workers: int, jobs: list[_Job]) -> Iterator[Iterator[dict[str, Any]]]:
                 "a process that packs was killed (for want of memory?); finished shards are kept: run the same command "
                 "again, with fewer workers"
             ) from error
+        except KeyboardInterrupt:  # now, not when the shards in work are done
+            for process in active_children():
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -516,9 +520,9 @@ def _room_in(partial: Path, out: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         kept = len(list((partial / "done").glob("*.json")))
+        told = f" ({kept} finished shard(s) are kept in {partial.name})" if kept else ""
         raise MotionRAGError(
-            f"out={out}: {error.strerror or os.strerror(error.errno)}; {kept} finished shard(s) are kept in {partial.name}: "
-            "make room and run the same command again"
+            f"out={out}: {error.strerror or os.strerror(error.errno)}; make room and run the same command again{told}"
         ) from error
 
 

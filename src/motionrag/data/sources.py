@@ -183,7 +183,7 @@ def check_shares(shares: Mapping[str, float]) -> None:
     if bad or any(share <= 0 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
         raise MotionRAGError(
             f"splits={dict(shares)}: expected names and shares above 0 that sum to 1, e.g. "
-            "splits={train:0.98,test:0.02}"
+            "'splits={train:0.98,test:0.02}'"
         )
 
 
