@@ -1,7 +1,9 @@
 """A killed run that continues gives the losses of one that was never killed; what a checkpoint holds."""
 
+import multiprocessing
 import os
 import signal
+from collections import Counter
 from functools import partial
 
 import lightning as L
@@ -9,7 +11,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from motionrag.lit.callbacks import Preemption, SaveWeights
+from motionrag.data.datamodule import MotionDataModule, ShardClips
+from motionrag.data.motionworld import make_dataset
+from motionrag.data.shards import pack
+from motionrag.lit.callbacks import Preemption, SaveWeights, SkippedClips
 
 
 @pytest.mark.parametrize("stage", ["adapter_module", "cama_module"])
@@ -84,3 +89,97 @@ def test_what_a_checkpoint_holds(adapter_module, fit, tmp_path):
     assert saved["about"] == about and saved["global_step"] == 2
     assert saved["MotionDataModule"] == {"clips": 8, "batches": 2}
     assert saved["optimizer_states"][0]["state"]
+
+
+# --- kill -9, with clips in shards, loader workers and several ranks ---------------------------------------------------
+
+
+class Sees(L.LightningModule):
+    """Writes down the clips of each step that it has finished; kills itself without warning in step `kill`."""
+
+    def __init__(self, folder, kill=None):
+        super().__init__()
+        self.folder, self.kill, self.weight = folder, kill, torch.nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch, idx):
+        self.ids = batch.clip_id
+        if self.global_step + 1 == self.kill and self.global_rank == self.trainer.world_size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return (self.weight * batch.video.mean((1, 2, 3, 4))).mean()
+
+    def on_train_batch_end(self, *_):
+        with (self.folder / f"seen-{self.global_rank}").open("a") as file:
+            file.write(f"{self.global_step} {' '.join(self.ids)}\n")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def train_shards(folder, shards, ranks, workers, steps, kill=None, resume=False, max_share=1.0):
+    """The exit code of a process that trains, in as many more as there are ranks."""
+
+    def train():
+        torch.set_num_threads(1)  # a forked process must not use threads that it does not have
+        clips = ShardClips(shards, frames=2, height=32, width=32, buffer=5)
+        data = MotionDataModule(clips, batch_size=4 // ranks, val_share=0, workers=workers)
+        keep = ModelCheckpoint(folder, "last", every_n_train_steps=1, enable_version_counter=False)
+        options = {"strategy": "ddp_fork", "devices": ranks} if ranks > 1 else {"devices": 1}
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            logger=False,
+            callbacks=[keep, SkippedClips(max_share)],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            **options,
+        )
+        ckpt = folder / "last.ckpt" if resume else None
+        trainer.fit(Sees(folder, kill), data, ckpt_path=ckpt, weights_only=True)
+
+    process = multiprocessing.get_context("fork").Process(target=train)
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode
+
+
+def seen(folder, ranks):
+    """Step -> clips, of all ranks in their order."""
+    steps = [
+        {int(step): ids for step, *ids in map(str.split, (folder / f"seen-{r}").read_text().splitlines())}
+        for r in range(ranks)
+    ]
+    return {step: [i for rank in steps for i in rank[step]] for step in steps[-1]}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Ten clips in shards of three."""
+    folder = tmp_path_factory.mktemp("clips")
+    pack(make_dataset(folder, 10, seed=0), folder / "videos", folder / "shards", shard_size=3)
+    return folder / "shards"
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 2)])
+def test_after_kill_9_it_goes_on_with_what_it_has_not_seen(shards, tmp_path, ranks, workers):
+    """Ten steps of four clips are four passes over ten; killed in the middle of the second, and again later."""
+    train = partial(train_shards, tmp_path, shards, ranks, workers)
+    assert train(10, kill=4) != 0
+    before = seen(tmp_path, ranks)
+    assert list(before) == [1, 2, 3]
+    assert train(10, resume=True) == 0
+    after = seen(tmp_path, ranks)
+    assert list(after) == list(range(1, 11)) and {step: after[step] for step in before} == before
+    passes = [clip for ids in after.values() for clip in ids]
+    assert all(Counter(passes[i : i + 10]).most_common(1)[0][1] == 1 for i in range(0, 40, 10))
+
+
+def test_too_many_unreadable_clips_on_one_rank_end_all(shards, tmp_path):
+    broken = tmp_path / "shards"
+    broken.mkdir()
+    for path in shards.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    (broken / "clips-000001.tar").unlink()
+    assert train_shards(tmp_path, broken, 2, 1, 50, max_share=0.05) == 1
+    assert len(seen(tmp_path, 2)) < 10

@@ -262,7 +262,7 @@ def _decode_some(
     stamps = sorted(packets.stamps)
     numbers = {stamp: number for number, stamp in enumerate(stamps)}
     first, last = min(wanted), max(wanted)
-    expected = None
+    before = None
     with _open(source, name) as container:
         stream = container.streams.video[0]
         result = _Decoded(packets.times, {}, float(stream.average_rate or 0))
@@ -270,16 +270,20 @@ def _decode_some(
         try:
             if first:
                 container.seek(stamps[first], stream=stream)
-            for frame in container.decode(stream):
-                number = numbers.get(frame.pts)
-                if expected is None and not frame.key_frame:
-                    continue  # it refers to frames that were not read
-                if number is None or number != (number if expected is None else expected) or frame.is_corrupt:
-                    return None
-                expected = number + 1
-                if number in wanted:
-                    result.pictures[number] = convert(frame)
-                if number >= last:
+            for packet in container.demux(stream):
+                # A frame that no other refers to is decoded only if it is wanted: the others stay bit for bit.
+                needed = packet.pts is None or numbers.get(packet.pts) in wanted
+                stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
+                for frame in packet.decode():
+                    if before is None and not frame.key_frame:
+                        continue  # it refers to frames that were not read
+                    number = numbers.get(frame.pts)
+                    if number is None or (before is not None and number <= before) or frame.is_corrupt:
+                        return None
+                    before = number
+                    if number in wanted:
+                        result.pictures[number] = convert(frame)
+                if before is not None and before >= last:
                     break
         except av.FFmpegError:
             return None
