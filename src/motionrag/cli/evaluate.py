@@ -65,7 +65,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         if len(table.rows) > 1:
             console.print(rich_paper_table(table))
     for note in result["notes"][len(cfg.notes) :]:
-        console.print(f"note: {note}", markup=False, highlight=False)
+        print(f"note: {note}")
     return {"summary": f"{summary(result['conditions'])} -> {out}", "conditions": result["conditions"]}
 
 
@@ -285,14 +285,15 @@ def summary(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
 def rich_tables(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[Any]:
     """The means for the terminal, one table for each domain that fits 80 columns; the best value is bold."""
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from motionrag.report import metric_table
 
     shown = []
     for domain in next(iter(table.values())):
         page = metric_table({condition: {domain: row[domain]} for condition, row in table.items()}, {})
-        one = Table("condition", title=page.domains[0][0], title_justify="left", box=SIMPLE_HEAD)
+        first = Column("condition", min_width=max(map(len, table)))
+        one = Table(first, title=page.domains[0][0], title_justify="left", box=SIMPLE_HEAD)
         for name in page.columns:
             one.add_column(name, justify="right")
         for condition, (_, cells) in zip(table, page.rows, strict=True):
@@ -304,13 +305,21 @@ def rich_tables(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[
 def rich_paper_table(table: PaperTable) -> Any:
     """The paper's table for the terminal."""
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from motionrag.evaluation.tables import heading
 
-    shown = Table("", title=table.caption(), title_justify="left", caption=table.overhead_line(), caption_justify="left", box=SIMPLE_HEAD)  # fmt: skip
+    shown = Table(
+        Column("", min_width=max(len(row.name) for row in table.rows)),
+        title=table.caption(), title_justify="left", caption=table.overhead_line(), caption_justify="left",
+        box=SIMPLE_HEAD,
+    )  # fmt: skip
     for metric in table.columns:
         shown.add_column(heading(metric), justify="right")
     for row in table.rows:
-        shown.add_row(row.name, *(table.cell(row, metric).replace("[", r"\[") for metric in table.columns))
+        cell = table.number if row.name == "difference" else table.cell
+        shown.add_row(row.name, *(cell(row, metric) for metric in table.columns))
+        if row.intervals:  # beneath, or the table gets wider than a terminal
+            for which, name in enumerate(("95 % from", "to")):
+                shown.add_row(name, *(table.end(row, metric, which) for metric in table.columns), style="dim")
     return shown

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ OVERHEAD = {"retrieval": "retrieval", "cama": "CAMA"}
 
 @dataclass
 class Row:
-    """One line: metric -> value, and metric -> what to print after it (a spread, an interval)."""
+    """One line: metric -> value, its standard deviation over seeds, and the ends of its 95 % interval, if known."""
 
     name: str
     values: dict[str, float]
-    after: dict[str, str]
+    deviations: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -41,12 +42,22 @@ class PaperTable:
     overhead: dict[str, float]
 
     def cell(self, row: Row, metric: str) -> str:
-        """A number as it is printed, with its spread."""
-        if metric not in row.values:
-            return "–"
-        value, digits = row.values[metric], _digits(metric)
-        text = f"{value:+.{digits}f}" if row.name == "difference" else f"{value:.{digits}f}"
-        return (text + row.after.get(metric, "")).replace("-", "−")
+        """A number as it is printed, with its deviation and interval."""
+        text = self.number(row, metric)
+        if metric in row.deviations:
+            text += f" ± {row.deviations[metric]:.{_digits(metric)}f}"
+        if metric in row.intervals:
+            text += f" [{', '.join(self.end(row, metric, i) for i in (0, 1))}]"
+        return text
+
+    def number(self, row: Row, metric: str) -> str:
+        """The number alone."""
+        sign = "+" if row.name == "difference" else ""
+        return _number(row.values[metric], metric, sign) if metric in row.values else "–"
+
+    def end(self, row: Row, metric: str, which: int) -> str:
+        """The lower (0) or upper (1) end of the interval; nothing where there is none."""
+        return _number(row.intervals[metric][which], metric) if metric in row.intervals else ""
 
     def caption(self) -> str:
         """Domain, clips and seeds."""
@@ -94,23 +105,16 @@ def paper_tables(
 def _row(result: Mapping[str, Any], condition: str, domain: str, label: str) -> Row:
     values = {k: v for k, v in result["conditions"][condition][domain].items() if k != "n"}
     spread = result["spread"][condition][domain]
-    after = {
-        name: f" ± {entry['standard_deviation']:.{_digits(name)}f}"
-        for name, entry in spread.items()
-        if "standard_deviation" in entry
-    }
-    return Row(label, values, after)
+    deviations = {k: v["standard_deviation"] for k, v in spread.items() if "standard_deviation" in v}
+    return Row(label, values, deviations)
 
 
 def _difference(result: Mapping[str, Any], first: str, second: str, domain: str) -> Row:
     base, other = (result["conditions"][condition][domain] for condition in (first, second))
     values = {name: other[name] - base[name] for name in base if name in other and name != "n"}
-    after = {
-        name: " [{:.{d}f}, {:.{d}f}]".format(*entry["interval"], d=_digits(name))
-        for name, entry in result["differences"].get(second, {}).get(domain, {}).items()
-        if "interval" in entry
-    }
-    return Row("difference", values, after)
+    entries = result["differences"].get(second, {}).get(domain, {})
+    intervals = {name: entry["interval"] for name, entry in entries.items() if "interval" in entry}
+    return Row("difference", values, intervals=intervals)
 
 
 def _overhead(result: Mapping[str, Any], first: str, second: str | None, domain: str) -> dict[str, float]:
@@ -184,6 +188,10 @@ def heading(metric: str) -> str:
     """A metric's name with an arrow towards better."""
     name, _, more_is_better = METRICS.get(metric, (metric.replace("_", " "), 0, None))
     return name + {True: " ↑", False: " ↓", None: ""}[more_is_better]
+
+
+def _number(value: float, metric: str, sign: str = "") -> str:
+    return f"{value:{sign}.{_digits(metric)}f}".replace("-", "−")
 
 
 def _digits(metric: str) -> int:
