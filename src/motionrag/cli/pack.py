@@ -21,7 +21,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         print(f"split {name}: {split['clips']} of {split['rows']} clips -> {cfg.out}/{name}")
     more = [f"{count} rows left out ({reason})" for reason, count in index["left_out"].items()]
     if index["rule_captions"]:
-        more.append(f"{index['rule_captions']} motion captions made by rules")
+        more.append(f"{index['rule_captions']} motion captions by rules")
     return {
         "summary": "; ".join(
             [
