@@ -22,14 +22,15 @@ MAY_IMPORT = {
     "retrieval": {"encoders"},
     "data": {"retrieval", "encoders"},
     "checkpoint": {"modules"},
-    "lit": {"modules", "encoders", "backbones", "checkpoint", "data.batch", "metrics"},
+    "lit": {"modules", "encoders", "backbones", "checkpoint", "data.batch", "metrics", "search"},
     "release": {"modules", "backbones", "checkpoint"},
     "describe": {"modules", "encoders", "backbones", "release"},
     "provenance": set(),
     "report": set(),
+    "search": set(),
     "sweeps": set(),
     "generate": {"modules", "encoders", "backbones", "retrieval", "checkpoint", "data.video", "data.batch"},
-    "evaluation": {"metrics", "report", "backbones", "retrieval", "data", "generate"},
+    "evaluation": {"modules", "metrics", "report", "backbones", "retrieval", "data", "generate"},
     "plugin": {"modules", "encoders", "backbones", "retrieval", "checkpoint", "data.video", "generate"},
 }
 FREE = {"cli", "bench"}  # they put everything together

@@ -265,6 +265,7 @@ def test_a_limit_is_per_domain(run, tmp_path):
     [
         (["conditions=[backbone,magic]"], "unknown ['magic']; choose from backbone, motionrag"),
         (["conditions=[]"], "choose from backbone, motionrag"),
+        (["fusion=sum"], "fusion=sum: choose from mean, weight, concat, top1"),
         (["k=8"], "k=8 is more than the database db has: 7 clips"),
         (["k=7", "conditions=[backbone,known_only]"], "of them excluded); lower k"),
         (["shards=gone"], "gone"),

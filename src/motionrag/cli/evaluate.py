@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 LABELS = {
     "mean": "mean of references, no CAMA",
+    "fusion": "merged references, no CAMA",
     "known_only": "database without new motions",
     "still": "still first frame",
 }
@@ -85,6 +86,7 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
     from motionrag.evaluation.scores import Scores
     from motionrag.evaluation.split import read_split
     from motionrag.metrics.batch import ClipBatch
+    from motionrag.modules.fusion import Fusion
     from motionrag.retrieval.database import RetrievalDatabase, check_depth
 
     conditions, seeds = list(cfg.conditions), [int(seed) for seed in cfg.seeds]
@@ -93,6 +95,8 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
         raise MotionRAGError(
             f"conditions={conditions}: unknown {unknown}; choose from {', '.join(CONDITIONS)}"
         )
+    if cfg.fusion not in get_args(Fusion):
+        raise MotionRAGError(f"fusion={cfg.fusion}: choose from {', '.join(get_args(Fusion))}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise MotionRAGError(f"seeds={seeds}: expected at least one, each once")
     for node in cfg.make:
@@ -116,7 +120,7 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
     for clips in track(split, description="evaluating", total=total):
         if not count:
             warm_up(model, find, clips, conditions, **sampling)
-        generation = Generation(model, find, clips, **sampling)
+        generation = Generation(model, find, clips, cfg.fusion, **sampling)
         measured: ClipBatch | None = None
         for seed in seeds:
             for condition in conditions:

@@ -15,10 +15,11 @@ from torch import Tensor
 from motionrag.errors import MotionRAGError
 from motionrag.evaluation.split import TestClips
 from motionrag.generate import MotionRAG
+from motionrag.modules.fusion import Fusion, fuse_references
 from motionrag.retrieval.database import RetrievalDatabase, Where
 from motionrag.retrieval.retrievers import Query, RandomRetriever, Retriever
 
-CONDITIONS = ("backbone", "motionrag", "mean", "random", "oracle", "known_only", "still")
+CONDITIONS = ("backbone", "motionrag", "mean", "fusion", "random", "oracle", "known_only", "still")
 #: Stages whose time is kept; a condition's seconds per clip are the sum of those it goes through.
 STAGES = ("context", "retrieval", "cama", "sampling")
 
@@ -108,11 +109,14 @@ class Generation:
     What conditions and seeds share (contexts, references, their tokens, what CAMA makes of them) is computed when
     first needed and kept. Its time is charged to every condition that uses it, as if each had computed it.
 
-    steps, guidance, motion_scale: see `MotionRAG.generate`.
+    fusion: how the condition of that name merges the references' features. steps, guidance, motion_scale: see
+    `MotionRAG.generate`.
     """
 
-    def __init__(self, model: MotionRAG, find: References, clips: TestClips, **sampling: float):
-        self.model, self.find, self.clips, self.sampling = model, find, clips, sampling
+    def __init__(
+        self, model: MotionRAG, find: References, clips: TestClips, fusion: Fusion = "mean", **sampling: float
+    ):
+        self.model, self.find, self.clips, self.fusion, self.sampling = model, find, clips, fusion, sampling
         self.image = clips.truth[:, 0]
         self._kept: dict[tuple, tuple[Any, float]] = {}
 
@@ -145,12 +149,16 @@ class Generation:
         key = ("tokens", condition, seed if condition == "random" else None)
         if condition == "oracle":
             return self._once(key, lambda: self.output_tokens(self.clips.truth))
-        ids = [found for found, _ in self.references(condition, seed)]
+        found = self.references(condition, seed)
+        ids = [row for row, _ in found]
 
         def adapt() -> Tensor:
             motion = torch.stack([self.find.db.motion_features(row) for row in ids])
             if condition == "mean":
                 return self.model.motion_tokens(motion).mean(1)
+            if condition == "fusion":
+                distances = 1 - torch.from_numpy(np.stack([scores for _, scores in found]))
+                return self.model.motion_tokens(fuse_references(motion, self.fusion, distances))
             appearance = torch.stack([self.find.db.appearance_features(row) for row in ids])
             return self.model.adapt(motion, appearance, self.image)
 
