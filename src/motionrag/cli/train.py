@@ -33,6 +33,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         )
     if cfg.make is not None:
         instantiate(cfg.make)
+    if cfg.features is not None and not _shards_at(cfg.features):
+        make_features(cfg)
     processes = launch.processes(cfg.trainer)
     return launch.start(processes, cfg) if processes > 1 else train(cfg)
 
@@ -60,7 +62,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     run_dir = Path(cfg.run_dir)
     L.seed_everything(cfg.seeds.init, workers=True, verbose=False)
     module = instantiate(cfg.module)
-    clips = instantiate(cfg.clips, **module.clip_options())
+    clips = _clips(cfg, module)
     about = _about(cfg, module, clips.db)
     data = instantiate(cfg.data, clips=clips)
     weights = run_dir / "weights" / f"{cfg.stage_name}.safetensors"
@@ -115,6 +117,60 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         "clips": {"train": len(data.train_part), "val": len(data.val_part)},
         **about,
     }
+
+
+def _shards_at(place: str) -> bool:
+    """Whether there are shards, or another machine will know."""
+    from motionrag.data.shards import INDEX
+
+    return place.startswith("pipe:") or "://" in place or (Path(place) / INDEX).is_file()
+
+
+def make_features(cfg: DictConfig) -> None:
+    """Write what the frozen networks make of the clips to `cfg.features`, in this process."""
+    import torch
+    from hydra.utils import instantiate
+
+    from motionrag.data.features import write_features
+
+    module = instantiate(cfg.module)
+    about = _features_of(cfg, module)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module.backbone.to(device).encoders_to(device)
+    module.motion_encoder.to(device)
+    clips = instantiate(cfg.clips, **module.clip_options())
+
+    def encode(batch: Any) -> dict[str, Any]:
+        return module.frozen_features(batch.to(device))
+
+    write_features(cfg.features, clips, encode, about, int(cfg.data.batch_size))
+
+
+def _features_of(cfg: DictConfig, module: L.LightningModule) -> dict[str, Any]:
+    from motionrag.errors import MotionRAGError
+
+    if cfg.stage_name != "adapter":
+        raise MotionRAGError("features=... is for stage=adapter; Stage 2 reads the features of the database")
+    fps = OmegaConf.to_container(cfg.clips)["fps"] if OmegaConf.is_list(cfg.clips.fps) else cfg.clips.fps
+    return {**module.frozen_identity(), "fps": fps}
+
+
+def _clips(cfg: DictConfig, module: L.LightningModule) -> Any:
+    """The clips of the configuration, or their features; raises MotionRAGError for features of other networks."""
+    from hydra.utils import instantiate
+
+    from motionrag.errors import MotionRAGError
+
+    if cfg.features is None:
+        return instantiate(cfg.clips, **module.clip_options())
+    wanted = _features_of(cfg, module)
+    clips = instantiate(cfg.clips, **module.clip_options(), shards=cfg.features)
+    if clips.made_by != wanted:
+        raise MotionRAGError(
+            f"features={cfg.features} were made by {json.dumps(clips.made_by)}, this configuration needs "
+            f"{json.dumps(wanted)}: choose another folder"
+        )
+    return clips
 
 
 def _about(cfg: DictConfig, module: L.LightningModule, db: RetrievalDatabase | None) -> dict[str, Any]:

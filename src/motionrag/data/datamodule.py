@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import lightning as L
 import numpy as np
 import pyarrow as pa
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,7 +60,8 @@ def to_pixels(frames: np.ndarray, height: int, width: int) -> Tensor:
 
 
 class ShardClips:
-    """Clips of WebDataset shards, decoded where they are read: only the frames that are wanted.
+    """Clips of WebDataset shards, decoded where they are read: only the frames that are wanted. Of feature shards
+    (see features.py) what they hold.
 
     Args:
         shards: what `motionrag pack` wrote: a folder, a URL, or "pipe:COMMAND {file}" (see stream.Shards).
@@ -90,6 +92,7 @@ class ShardClips:
     ) -> None:
         self.stream = Shards(shards, cache, cache_gb, timeout, tries)
         self.table = self.stream.table
+        self.made_by: dict[str, Any] | None = self.stream.index.get("features")  # of feature shards
         self.ids: list[str] = self.table["id"].to_pylist()
         self.sources: list[str] = self.table["source"].to_pylist()
         self.shards, self.buffer = self.stream.numbers(), buffer
@@ -114,14 +117,14 @@ class ShardClips:
         """One clip: video, its frame rate, caption, and its motion features if there is a database."""
         rate = self.rates[np.random.default_rng((self.seed, position)).integers(len(self.rates))]
         record = catalog.record(self.table, index)
-        clip = {
-            "clip_id": record["id"],
-            "captions": record["caption"],
-            "video": self._read(index, rate),
-        }
+        clip = {"clip_id": record["id"], "captions": record["caption"]}
+        if self.made_by is None:
+            clip["video"] = self._read(index, rate)
+        else:
+            clip |= safetensors.torch.load(self.stream.read(index))
         if rate is not None:
             clip["fps"] = torch.tensor(rate, dtype=torch.float32)
-        if self.db is not None:
+        if self.db is not None and "target_motion" not in clip:
             clip["target_motion"] = self.db.motion_features([record["id"]])[0]
         return clip
 
@@ -219,9 +222,16 @@ class Part(Dataset):
                     skipped.append(f"{self.clips.ids[index]}: {error.reason}")
             else:
                 raise MotionRAGError(f"none of the {len(self)} clips can be read, the first: {skipped[0]}")
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
-        fields = {k: torch.stack(v) if isinstance(v[0], Tensor) else v for k, v in columns.items()}
-        return MotionBatch(**fields, position=list(positions), skipped=list(dict.fromkeys(skipped))).check()
+        batch = batch_of(rows, list(positions))
+        batch.skipped = list(dict.fromkeys(skipped))
+        return batch
+
+
+def batch_of(rows: list[dict[str, Any]], positions: list[int]) -> MotionBatch:
+    """What `read` gave for several clips, together."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    fields = {k: torch.stack(v) if isinstance(v[0], Tensor) else v for k, v in columns.items()}
+    return MotionBatch(**fields, position=positions).check()
 
 
 class ClipStream(Sampler[list[int]]):

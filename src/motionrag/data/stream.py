@@ -64,7 +64,7 @@ class Shards:
             self.folder = root / hashlib.sha256(self.place.encode()).hexdigest()[:16]
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                with _locked(self.folder / f".{INDEX}.lock"):
+                with locked(self.folder / f".{INDEX}.lock"):
                     self._fetch(INDEX, self.folder / INDEX, None)
                 self.index = ShardIndex.open(self.folder).index
                 if "table" not in self.index:
@@ -142,7 +142,7 @@ class Shards:
         path = self.folder / name
         if path.is_file():
             return path
-        with _locked(self.folder / f".{name}.lock") as failure:
+        with locked(self.folder / f".{name}.lock") as failure:
             if path.is_file():
                 return path
             told = failure.read_text()
@@ -238,7 +238,7 @@ def _compare(path: Path, expected: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[Path]:
+def locked(path: Path) -> Iterator[Path]:
     """Hold a lock that the system takes back when the process ends, however it does; wait for it."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

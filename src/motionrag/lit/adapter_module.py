@@ -12,6 +12,7 @@ from motionrag.backbones.base import RANDOM_WEIGHTS, Backbone, MotionInput
 from motionrag.checkpoint import check_state, load_weights
 from motionrag.data.batch import MotionBatch
 from motionrag.encoders import MotionEncoder
+from motionrag.errors import MotionRAGError
 from motionrag.lit.optimizers import MakeOptimizer, MakeScheduler, configured
 from motionrag.modules.motion_adapter import MotionAdapter
 from motionrag.modules.resampler import Resampler
@@ -108,6 +109,28 @@ class AdapterModule(L.LightningModule):
             return batch.target_motion
         return self.motion_encoder(batch.video.float())
 
+    @torch.no_grad()
+    def frozen_features(self, batch: MotionBatch) -> dict[str, Tensor]:
+        """What the frozen networks make of clips, as fields of MotionBatch: all that training needs of them."""
+        images = batch.video[:, 0]
+        return {
+            "video": batch.video[:, :1],
+            "latents": self.backbone.encode_video(batch.video),
+            "context": self.backbone.encode_context(batch.captions, images),
+            "target_motion": self.motion_features(batch),
+        }
+
+    def frozen_identity(self) -> dict[str, Any]:
+        """What `frozen_features` depends on (JSON-able). Raises MotionRAGError for a backbone that conditions on a random
+        frame, whose context cannot be kept."""
+        backbone = self.backbone
+        if backbone.random_frame:
+            raise MotionRAGError(
+                f"{backbone.name} is trained on a frame drawn from the clip anew each time: it takes no features, only clips"
+            )
+        sizes = {name: getattr(backbone, name) for name in ("name", "frames", "height", "width")}
+        return {"backbone": sizes, "motion_encoder": dict(self.motion_encoder.identity)}
+
     def null_features(self) -> Tensor:
         """Features (1, N, D) of the all-zero clip, computed once."""
         if self._null_features is None:
@@ -181,16 +204,19 @@ class AdapterModule(L.LightningModule):
         images = batch.video[range(len(batch)), frames]
         # the first frame is the same at every rate
         pictures = [(c, f, *([r] if f and r else [])) for c, f, r in zip(clips, frames, rates, strict=True)]
-        latents = self._encoded(
-            "latents",
-            list(zip(clips, rates, strict=True)),
-            lambda rows: backbone.encode_video(batch.video[rows]),
-        )
-        context = self._encoded(
-            "context",
-            pictures,
-            lambda rows: backbone.encode_context([batch.captions[r] for r in rows], images[rows]),
-        )
+        latents, context = batch.latents, batch.context
+        if latents is None:
+            latents = self._encoded(
+                "latents",
+                list(zip(clips, rates, strict=True)),
+                lambda rows: backbone.encode_video(batch.video[rows]),
+            )
+        if context is None:
+            context = self._encoded(
+                "context",
+                pictures,
+                lambda rows: backbone.encode_context([batch.captions[r] for r in rows], images[rows]),
+            )
         image_latents, level = self._image_latents(images, pictures, generator)
         if dropout is not None:
             kept = [

@@ -1,0 +1,89 @@
+"""Training from feature shards gives the losses of training from clips."""
+
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+
+from motionrag.cli import train
+from motionrag.data.datamodule import ShardClips
+from motionrag.data.features import write_features
+from motionrag.data.motionworld import make_dataset
+from motionrag.data.shards import ShardIndex, pack
+from motionrag.errors import MotionRAGError
+
+SIZE = {"frames": 9, "height": 32, "width": 32}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Eight clips in shards of three."""
+    folder = tmp_path_factory.mktemp("clips")
+    pack(make_dataset(folder, 8, seed=0), folder / "videos", folder / "shards", shard_size=3)
+    return folder / "shards"
+
+
+def test_losses_are_those_of_the_clips_themselves(shards, adapter_module, fit, tmp_path):
+    clips, module = ShardClips(shards, **SIZE, fps=8), adapter_module()
+    write_features(
+        tmp_path / "features", clips, module.frozen_features, module.frozen_identity(), batch_size=2
+    )
+    features = ShardClips(tmp_path / "features", **SIZE, fps=8)
+    assert features.ids == clips.ids and features.made_by["backbone"]["frames"] == 9
+    assert features.read(0)["video"].shape == (1, 3, 32, 32)
+    options = {"batch_size": 3, "val_check_interval": 2}
+    expected, whole = fit(adapter_module(), 3, clips=clips, **options)
+    found, cached = fit(adapter_module(), 3, clips=features, **options)
+    assert found == pytest.approx(expected, rel=1e-5)
+    validated = [trainer.callback_metrics["val/loss"].item() for trainer in (cached, whole)]
+    assert validated[0] == pytest.approx(validated[1], rel=1e-5)
+
+
+def test_a_killed_run_redoes_one_shard(shards, tmp_path):
+    clips, encoded = ShardClips(shards, **SIZE), []
+
+    def encode(batch):
+        encoded.extend(batch.clip_id)
+        if len(encoded) == 6:
+            raise KeyboardInterrupt
+        return {"target_motion": batch.video.mean((2, 3, 4))[..., None]}
+
+    with pytest.raises(KeyboardInterrupt):
+        write_features(tmp_path / "f", clips, encode, {"name": "a"}, batch_size=3)
+    assert not (tmp_path / "f").exists()
+    index = write_features(tmp_path / "f", clips, encode, {"name": "a"}, batch_size=3)
+    assert encoded == clips.ids[:6] + clips.ids[3:]
+    assert index["features"] == {"name": "a"} and len(ShardIndex.open(tmp_path / "f")) == 8
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".f.lock", "f"]
+
+
+def test_unreadable_clips_are_left_out_by_name_or_stop_it(shards, tmp_path, monkeypatch):
+    def encode(batch):
+        return {"target_motion": batch.video.mean((2, 3, 4))[..., None]}
+
+    clips = ShardClips(shards, **SIZE)
+    broken = clips.stream.folder / "clips-000002.tar"
+    whole = broken.read_bytes()
+    broken.unlink()
+    try:
+        index = write_features(tmp_path / "f", clips, encode, {}, max_bad=0.3)
+        assert [item["id"] for item in index["skipped"]] == clips.ids[6:] and index["clips"] == 6
+        assert ShardClips(tmp_path / "f", **SIZE).ids == clips.ids[:6]
+        with pytest.raises(MotionRAGError, match="2 of 8 clips cannot be read, more than max_bad=0.1 allows"):
+            write_features(tmp_path / "g", clips, encode, {}, max_bad=0.1)
+    finally:
+        broken.write_bytes(whole)
+
+
+def test_features_of_other_networks_and_of_several_rates_are_refused(shards, tmp_path):
+    identity = {"backbone": {"name": "a"}}
+    module = SimpleNamespace(clip_options=lambda: SIZE, frozen_identity=lambda: identity)
+    clips = {"_target_": "motionrag.data.datamodule.ShardClips", "shards": str(shards), "fps": 8}
+    cfg = OmegaConf.create({"features": str(shards), "stage_name": "adapter", "clips": clips})
+    with pytest.raises(MotionRAGError, match=r'were made by null, .* needs .*"name": "a"}, "fps": 8}'):
+        train._clips(cfg, module)
+    cfg.stage_name = "cama"
+    with pytest.raises(MotionRAGError, match="features=... is for stage=adapter"):
+        train._clips(cfg, module)
+    with pytest.raises(MotionRAGError, match="one frame rate, clips.fps has 2"):
+        write_features(tmp_path / "f", ShardClips(shards, **SIZE, fps=[8, 10]), dict, {})
