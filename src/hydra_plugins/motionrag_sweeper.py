@@ -47,8 +47,6 @@ class PointSweeper(BasicSweeper):
 
     def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
         """Batches of points that are still to run."""
-        from motionrag import sweeps
-
         varied = {o.get_key_element(): o for o in overrides if o.is_sweep_override()}
         (points,) = BasicSweeper.split_arguments(overrides, None)
         if not points:
@@ -58,6 +56,14 @@ class PointSweeper(BasicSweeper):
                 "configs outside conf/, hydra.searchpath"
             )
         self.validate_batch_is_legal(points[:1])  # an unknown key leaves nothing behind
+        batch = self.plan(points, varied)
+        size = max_batch_size or max(1, len(batch))
+        return [batch[i : i + size] for i in range(0, len(batch), size)]
+
+    def plan(self, points: list[list[str]], varied: list[str]) -> list[list[str]]:
+        """Enter points into the table; the overrides of those that are still to run, with their folders."""
+        from motionrag import sweeps
+
         launch = [
             *self.config.hydra.overrides.task,
             *(
@@ -69,17 +75,20 @@ class PointSweeper(BasicSweeper):
         todo = sweeps.plan(self.folder, self.config.hydra.job.config_name, launch, points, list(varied))
         if len(todo) < len(points):
             print(f"{len(points) - len(todo)} of {len(points)} points are finished or being worked on")
-        self.todo = {point["name"] for point in todo}
-        batch = [[*point["overrides"], f"hydra.sweep.subdir='{point['name']}'"] for point in todo]
-        size = max_batch_size or max(1, len(batch))
-        return [batch[i : i + size] for i in range(0, len(batch), size)]
+        todo = list({point["name"]: point for point in todo}.values())
+        self.todo |= {point["name"] for point in todo}
+        return [[*point["overrides"], f"hydra.sweep.subdir='{point['name']}'"] for point in todo]
+
+    def run(self, arguments: list[str]) -> Any:
+        """Run the points."""
+        return super().sweep(arguments)
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run what is to run and leave the table in the sweep's folder."""
         from motionrag import sweeps
 
         try:
-            return super().sweep(arguments)
+            return self.run(arguments)
         except Exception as error:
             rows = sweeps.wait(self.folder) if self.todo else []
             broken = [r for r in rows if r["name"] in self.todo and r["state"] in ("failed", "stopped")]

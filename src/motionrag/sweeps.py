@@ -26,6 +26,7 @@ from motionrag.io import read_json, write_json, write_text
 
 SCHEMA = "motionrag.sweep/1"
 log = logging.getLogger(__name__)
+DONE = ("finished", "pruned")  # pruned: a search saw that others were better
 LIVE = ("running", "queued")  # somebody works on it, or will without being asked
 
 
@@ -45,7 +46,7 @@ def plan(
 ) -> list[dict[str, Any]]:
     """Add `points` (override lists) to the sweep in `folder`; returns those that are still to run.
 
-    Finished points and those somebody works on stay as they are. Raises MotionRAGError when a point's folder belongs to
+    Finished and pruned points and those somebody works on stay as they are. Raises MotionRAGError when a point's folder belongs to
     one with other settings.
     """
     path = folder / "sweep.json"
@@ -70,7 +71,7 @@ def plan(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, sweep)
     states = {row["name"]: row["state"] for row in write_table(folder)}
-    todo = [known[name] for name in names if states[name] not in ("finished", *LIVE)]
+    todo = [known[name] for name in names if states[name] not in (*DONE, *LIVE)]
     for point in todo:
         (folder / point["name"] / "state.json").unlink(missing_ok=True)  # it waits again
     return todo
@@ -128,6 +129,12 @@ def _ended(folder: Path, state: dict[str, Any], how: str, error: str | None) -> 
         write_table(folder.parent)
 
 
+def mark_pruned(folder: Path) -> None:
+    """Say in the state of the run in `folder` that it ended early, because others were better."""
+    write_json(folder / "state.json", {**read_json(folder / "state.json"), "state": "pruned"})
+    write_table(folder.parent)
+
+
 def checkpoint(folder: Path) -> Path:
     """Where a training in `folder` keeps its newest checkpoint."""
     return folder / "checkpoints" / "last.ckpt"
@@ -146,7 +153,7 @@ def slurm_job() -> str | None:
 def write_table(folder: Path) -> list[dict[str, Any]]:
     """Look at every point, write `sweep.json` and `sweep.csv`, return the rows.
 
-    A row: name, parameters, seed, state (waiting, queued, running, finished, failed, stopped), step, metrics, seconds,
+    A row: name, parameters, seed, state (waiting, queued, running, finished, pruned, failed, stopped), step, metrics, seconds,
     error, folder, log. `stopped` was running and is not any more; `queued` waits in Slurm.
     """
     sweep = read_plan(folder)
@@ -160,7 +167,7 @@ def write_table(folder: Path) -> list[dict[str, Any]]:
     for planned in sweep["points"]:
         run = folder / planned["name"]
         info = _read(run / "state.json") or {"state": "queued" if waiting else "waiting"}
-        results = _read(run / "results.json") if info["state"] == "finished" else None
+        results = _read(run / "results.json") if info["state"] in DONE else None
         step, metrics = _outcome(results) if results is not None else _progress(run)
         logs = sorted(run.glob("*.log"))
         rows.append(

@@ -59,7 +59,7 @@ VERBS: dict[str, Verb] = {
 }
 
 # Short names: what is typed -> Hydra's key.
-ALIASES = {"launcher": "hydra/launcher", "retrieval.k": "k"}
+ALIASES = {"launcher": "hydra/launcher", "sweeper": "hydra/sweeper", "retrieval.k": "k"}
 # Keys whose values are prose: taken literally, never as numbers, lists or sweeps.
 TEXT_KEYS = frozenset({"prompt", "motion_prompt", "negative_prompt"})
 # Packages that only some choices need -> the extra of ours that brings them.
@@ -209,7 +209,7 @@ def _full_name(word: str) -> str:
     if not match:
         return word
     plus, key, value = match[1] or "", match[2], match[3]
-    if key.startswith("launcher."):
+    if key.startswith(("launcher.", "sweeper.")):
         return f"{plus}hydra.{key}{value}"
     return f"{plus}{ALIASES.get(key, key)}{value}"
 
