@@ -416,3 +416,37 @@ def test_an_unfinished_pack_is_not_mixed_with_another(videos, table, tmp_path):
     assert pack(path, videos, tmp_path / "out", shard_size=2, max_bad=0.5)["clips"] == 5
     pack(path, videos, tmp_path / "other", shard_size=2, max_bad=0.5)
     assert contents(tmp_path / "out") == contents(tmp_path / "other")
+
+
+def test_videos_repaired_after_a_stop_are_read_again(table, tmp_path):
+    (tmp_path / "videos").mkdir()
+    for i in range(3):
+        write_mp4(tmp_path / f"videos/clip{i}.mp4", moving_square(i + 1), 8)
+    whole = (tmp_path / "videos/clip0.mp4").read_bytes()
+    (tmp_path / "videos/clip0.mp4").write_text("no pictures here")
+    (tmp_path / "videos/clip1.mp4").write_text("no pictures here")
+    path, options = table(good(3)), {"shard_size": 1, "max_bad": 0.4}
+    with pytest.raises(MotionRAGError, match="2 of the first 2 rows"):
+        pack(path, tmp_path / "videos", tmp_path / "out", **options)
+    (tmp_path / "videos/clip0.mp4").write_bytes(whole)
+    index = pack(path, tmp_path / "videos", tmp_path / "out", **options)
+    assert [item["video"] for item in index["skipped"]] == ["clip1.mp4"] and index["clips"] == 2
+
+
+def test_leftovers_of_a_replaced_folder_are_not_in_the_way(videos, table, tmp_path):
+    path = table(good(2))
+    pack(path, videos, tmp_path / "out", shard_size=1)
+    with pytest.raises(MotionRAGError, match="1 of the first 3 rows"):  # makes a plan that is there again
+        pack(table(good(2) + [{"video": "black.mp4"}]), videos, tmp_path / "out", shard_size=1, max_bad=0,
+             overwrite=True)  # fmt: skip
+    (tmp_path / ".out.partial/replaced").mkdir()
+    (tmp_path / ".out.partial/replaced/clips-000000.tar").write_text("killed while this was removed")
+    path = table(good(2) + [{"video": "black.mp4"}])
+    assert pack(path, videos, tmp_path / "out", shard_size=1, max_bad=0.5, overwrite=True)["clips"] == 2
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_an_excluded_table_that_matches_nothing_is_told(videos, table, tmp_path):
+    exclude = table([{"video": "elsewhere/clip0.mp4"}], "test.csv")
+    index = pack(table(good(2)), videos, tmp_path / "out", exclude=exclude)
+    assert index["left_out"] == {"source video in the excluded table": 0}

@@ -51,6 +51,8 @@ from motionrag.io import atomic_path, only_writer, read_json, sha256, write_json
 SCHEMA = "motionrag.shards/1"
 INDEX = "index.json"
 
+EXCLUDED = "source video in the excluded table"
+
 #: Frames that differ nowhere by more than this (of 255, at 64 pixels) show one picture: compression noise.
 _NOISE = 8
 
@@ -181,6 +183,9 @@ def pack(
             results = _run(jobs, done, workers, f"{Path(table).name}", max_bad)
             index = _write_indexes(partial / "shards", jobs, results, about, splits)
             if out.exists():
+                shutil.rmtree(
+                    partial / "replaced", ignore_errors=True
+                )  # of a run that was killed at removing it
                 out.rename(partial / "replaced")
             (partial / "shards").rename(out)
             shutil.rmtree(partial / "done")
@@ -231,11 +236,11 @@ def _leave_out(
     rows: list[dict[str, Any]], sources: set[str], missing_ok: bool
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The rows to pack, and how many others there are by reason."""
-    left_out: Counter[str] = Counter()
+    left_out: Counter[str] = Counter({EXCLUDED: 0} if sources else {})  # that none matched is worth knowing
     kept = []
     for row in rows:
         if row["source"] in sources:
-            left_out["source video in the excluded table"] += 1
+            left_out[EXCLUDED] += 1
         elif missing_ok and row.get("bad") == MISSING:
             left_out[MISSING] += 1
         else:
@@ -303,7 +308,20 @@ def _begin(
         (partial / "shards" / job.file).parent.mkdir(parents=True, exist_ok=True)
     write_json(plan_file, digest.hexdigest())
     done = {job.file: read_json(job.result) for job in jobs if job.result.is_file()}
-    return {file: result for file, result in done.items() if _whole(partial / "shards" / file, result)}
+    return {
+        job.file: done[job.file]
+        for job in jobs
+        if job.file in done
+        and done[job.file].get("videos") == _stamp(job)
+        and _whole(partial / "shards" / job.file, done[job.file])
+    }
+
+
+def _stamp(job: _Job) -> str:
+    """Sizes and times of change of the files that hold a job's videos: repaired ones are read again."""
+    files = dict.fromkeys(file for row in job.rows if "place" in row for file in row["place"].files)
+    stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 def _whole(tar: Path, result: Mapping[str, Any]) -> bool:
@@ -370,11 +388,12 @@ def _start_worker() -> None:
 
 
 def _write_shard(job: _Job) -> dict[str, Any]:
-    """Write one shard and its result: file, clips, bytes, sha256, skipped, noted. Without a usable clip there is no
+    """Write one shard and its result: file, clips, bytes, sha256, skipped, noted, videos. Without a usable clip there is no
     file; with more unusable ones than all shards together may have, it stops and writes nothing."""
     skipped: list[dict[str, Any]] = []
     noted: list[dict[str, Any]] = []
     result: dict[str, Any] = {"file": job.file, "clips": 0, "skipped": skipped, "noted": noted}
+    result["videos"] = _stamp(job)  # before they are read
     try:
         with atomic_path(job.partial / "shards" / job.file) as temporary:
             with (
@@ -401,6 +420,7 @@ def _write_shard(job: _Job) -> dict[str, Any]:
             result |= {"bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
     except _NoShardError:
         result["clips"] = 0
+        (job.partial / "shards" / job.file).unlink(missing_ok=True)  # of videos that have changed since
     if len(skipped) <= job.allowed:
         write_json(job.result, result)
     return result
