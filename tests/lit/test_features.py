@@ -57,6 +57,24 @@ def test_a_killed_run_redoes_one_shard(shards, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".f.lock", "f"]
 
 
+def test_shards_of_other_clips_are_not_mixed_in(shards, tmp_path):
+    def encode(batch):
+        if "stop" in about and batch.clip_id[0] == clips.ids[3]:
+            raise KeyboardInterrupt
+        return {"target_motion": batch.video.mean((2, 3, 4))[..., None]}
+
+    clips, about = ShardClips(shards, **SIZE), ["stop"]
+    with pytest.raises(KeyboardInterrupt):
+        write_features(tmp_path / "f", clips, encode, {}, batch_size=3)
+    pack(make_dataset(tmp_path, 8, seed=1), tmp_path / "videos", tmp_path / "shards", shard_size=3)
+    others, about = ShardClips(tmp_path / "shards", **SIZE), []
+    write_features(tmp_path / "f", others, encode, {}, batch_size=3)
+    assert (
+        ShardClips(tmp_path / "f", **SIZE).read(0)["target_motion"][:, 0]
+        == others.read(0)["video"].mean((1, 2, 3))
+    ).all()
+
+
 def test_unreadable_clips_are_left_out_by_name_or_stop_it(shards, tmp_path, monkeypatch):
     def encode(batch):
         return {"target_motion": batch.video.mean((2, 3, 4))[..., None]}

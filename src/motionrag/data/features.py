@@ -38,7 +38,7 @@ def write_features(
     max_bad: float = 0.1,
 ) -> dict[str, Any]:
     """Write the features of all clips, a shard for each of theirs, and return the index; continues where a killed run
-    with the same `about` stopped, redoing at most one shard.
+    on the same clips with the same `about` stopped, redoing at most one shard.
 
     Args:
         out: folder that is to be.
@@ -74,10 +74,12 @@ def _write_all(
     if out.exists():
         raise MotionRAGError(f"features={out} is there and holds no {INDEX}: choose another folder")
     partial = out.with_name(f".{out.name}.partial")
-    if not (partial / "about.json").is_file() or read_json(partial / "about.json") != about:
+    # finished shards are kept only of the same clips, too
+    plan = {"about": about, "clips": [shard["sha256"] for shard in clips.stream.shards.values()]}
+    if not (partial / "plan.json").is_file() or read_json(partial / "plan.json") != plan:
         shutil.rmtree(partial, ignore_errors=True)
     (partial / "done").mkdir(parents=True, exist_ok=True)
-    write_json(partial / "about.json", about)
+    write_json(partial / "plan.json", plan)
     numbers, skipped, shards = clips.stream.numbers(), [], []
     for number, file in enumerate(clips.stream.shards):
         done = partial / "done" / f"{file}.json"
