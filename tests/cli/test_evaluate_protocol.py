@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from motionrag.cli.evaluate import changes
 from motionrag.cli.train import make_motionworld
 from motionrag.data.video import write_mp4
 from motionrag.errors import MotionRAGError
+from motionrag.evaluation.conditions import Generation
 from motionrag.evaluation.folders import open_folders
 from motionrag.evaluation.gallery import VBench
 from motionrag.evaluation.scores import Metrics, Scores
+from motionrag.evaluation.split import TestClips
 from motionrag.evaluation.tables import paper_tables, write_tables
 from motionrag.metrics import FVD, ActionScore, ClipBatch
 
@@ -97,8 +100,12 @@ def test_a_changed_protocol_says_so():
     with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf_dir())):
         words = ["protocol=openvid1k", "backbone=svd"]
         assert changes(compose("evaluate", overrides=words)) == []
-        cfg = compose("evaluate", overrides=[*words, "steps=7", "seeds=[4]", "metrics=[fvd]"])
-        assert changes(cfg) == ["not the protocol openvid1k: changed steps=7, seeds=4, metrics=fvd"]
+        changed = ["shards=mine", "retriever=image", "steps=7", "seeds=[4]", "metrics=[fvd]"]
+        cfg = compose("evaluate", overrides=[*words, *changed])
+        assert changes(cfg) == [
+            "not the protocol openvid1k: changed shards=mine, "
+            "retriever=motionrag.retrieval.retrievers.ImageRetriever, steps=7, seeds=4, metrics=fvd"
+        ]
 
 
 @pytest.mark.parametrize(
@@ -227,6 +234,15 @@ def _unreadable(folder):
     return r"1 clips cannot be read: .*made/a.mp4: not a readable video"
 
 
+def _damaged(folder):
+    path = folder / "made/b.mp4"
+    frames = np.random.default_rng(0).integers(0, 255, (60, 32, 32, 3), np.uint8)
+    data = bytearray(write_mp4(path, frames, 8).read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 3000] = bytes(3000)
+    path.write_bytes(data)
+    return r"1 clips cannot be read: .*made/b.mp4: stops after \d+ of 60 frames: damaged data"
+
+
 def _unmatched(folder):
     (folder / "made/a.mp4").rename(folder / "made/c.mp4")
     return r"do not match by file name: 1 only in .*made \(c\), 1 only in .*real \(a\)"
@@ -265,7 +281,18 @@ def _no_table(folder):
 
 @pytest.mark.parametrize(
     "spoil",
-    [_unequal, _unreadable, _unmatched, _twice, _no_folder, _empty, _no_caption, _no_column, _no_table],
+    [
+        _unequal,
+        _unreadable,
+        _damaged,
+        _unmatched,
+        _twice,
+        _no_folder,
+        _empty,
+        _no_caption,
+        _no_column,
+        _no_table,
+    ],
 )
 def test_folders_that_do_not_fit(folders, spoil):
     message = spoil(folders)
@@ -346,6 +373,15 @@ def test_seconds_are_per_clip_whatever_the_batches():
     scores.add("backbone", "all", 0, batch("d"), {"sampling": 5.0})
     assert scores.seconds() == {"backbone": {"all": {"sampling": 2.0}}}
     assert scores.table()["backbone"]["all"]["seconds_per_clip"] == 2.0
+
+
+def test_a_stage_is_charged_with_what_the_gpu_still_does_for_it(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    clips = TestClips("all", [{"id": "a"}], torch.zeros(1, 2, 3, 8, 8))
+    for device, expected in (("cpu", []), ("cuda", [torch.device("cuda")])):
+        Generation(SimpleNamespace(device=torch.device(device)), None, clips)._timed(waited.clear)
+        assert waited == expected
 
 
 def example() -> dict:

@@ -24,6 +24,9 @@ LABELS = {
 }
 #: What a protocol fixes; a run that changes any of it says so in its notes.
 FIXED = (
+    "shards",
+    "db",
+    "retriever",
     "k",
     "query",
     "conditions",
@@ -241,6 +244,8 @@ def changes(cfg: DictConfig) -> list[str]:
         )
         if mine != theirs:
             value = ",".join(map(str, mine)) if isinstance(mine, dict | list) else mine
+            if isinstance(mine, dict):
+                value = mine.get("_target_", value)
             changed.append(f"{key}={value}")
     return [f"not the protocol {cfg.protocol}: changed {', '.join(changed)}"] if changed else []
 

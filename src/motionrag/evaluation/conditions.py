@@ -193,6 +193,8 @@ class Generation:
     def _timed(self, make: Callable[[], Any]) -> tuple[Any, float]:
         start = time.perf_counter()
         value = make()
+        if self.model.device.type == "cuda":  # else what is still at work is charged to the next stage
+            torch.cuda.synchronize(self.model.device)
         return value, (time.perf_counter() - start) / len(self.clips.records)
 
 
