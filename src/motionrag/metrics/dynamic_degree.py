@@ -18,8 +18,8 @@ class DynamicDegree(PerClipMetric):
     At 8 frames per second, the motion of a frame pair is the mean length of its 5 % longest flow vectors; a pair moves
     if that is above 6 pixels x (short side / 256) x max(1, 8 / fps); a clip of T frames moves if at least
     round(T / 4) of its pairs do. Source: VBench (arXiv 2311.17982, ``vbench/dynamic_degree.py``), the same rule with the
-    same constants. Where ours differs: at least one pair must move (VBench calls every clip of one or two frames
-    dynamic); the flow is injected, VBench's is RAFT. ``conf/metrics/dynamic_degree.yaml`` names a RAFT exported to
+    same constants. Where ours differs: below 8 frames per second the threshold grows with the time between frames
+    (VBench's stays); at least one pair must move (VBench calls every clip of one or two frames dynamic); the flow is injected, VBench's is RAFT. ``conf/metrics/dynamic_degree.yaml`` names a RAFT exported to
     torchscript; ``dynamic_degree_tiny`` uses pyramidal Lucas-Kanade, which needs no weights, sees small motions of
     textured things well and underestimates long ones: compare only values of one flow.
     """
