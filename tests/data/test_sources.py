@@ -324,6 +324,12 @@ def test_bad_shares(openvid, tmp_path, splits, message):
     assert [path.name for path in tmp_path.iterdir()] == ["OpenVid-1M"]
 
 
+@pytest.mark.parametrize(("pattern", "reason"), [("(.+", "unterminated"), (".+_[0-9]", "no group 'source'")])
+def test_bad_source_patterns(tmp_path, pattern, reason):
+    with pytest.raises(MotionRAGError, match=f"source_pattern=.*{reason}"):
+        pack(tmp_path / "t.csv", tmp_path, tmp_path / "out", source_pattern=pattern)
+
+
 def test_the_commands_of_the_docs_are_complete(root):
     blocks = re.findall(
         r"^```bash\n(.*?)^```", (root / "docs/data.md").read_text(encoding="utf-8"), flags=re.M | re.S

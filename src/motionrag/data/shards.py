@@ -37,6 +37,7 @@ from motionrag.data.sources import (
     REQUIRED_COLUMNS,
     Place,
     VideoFolder,
+    check_pattern,
     check_shares,
     read_table,
     recorded,
@@ -146,6 +147,8 @@ def pack(
         )
     if splits is not None:
         check_shares(splits)
+    if source_pattern is not None:
+        check_pattern(source_pattern)
     out = Path(out)
     _check_out(out, overwrite)
     folder = VideoFolder(videos, by_name)
@@ -183,9 +186,8 @@ def pack(
             results = _run(jobs, done, workers, f"{Path(table).name}", max_bad)
             index = _write_indexes(partial / "shards", jobs, results, about, splits)
             if out.exists():
-                shutil.rmtree(
-                    partial / "replaced", ignore_errors=True
-                )  # of a run that was killed at removing it
+                # of a run that was killed while it removed it
+                shutil.rmtree(partial / "replaced", ignore_errors=True)
                 out.rename(partial / "replaced")
             (partial / "shards").rename(out)
             shutil.rmtree(partial / "done")

@@ -112,6 +112,19 @@ def recorded(video: str) -> str:
     return Path(video).name if Path(video).is_absolute() else video
 
 
+def check_pattern(pattern: str) -> None:
+    """Raise :class:`MotionRAGError` unless ``pattern`` is a regular expression with a group ``source``."""
+    try:
+        found = "source" in re.compile(pattern).groupindex
+        reason = "it has no group 'source'"
+    except re.error as error:
+        found, reason = False, str(error)
+    if not found:
+        raise MotionRAGError(
+            f"source_pattern={pattern}: expected a regular expression such as '(?P<source>.+)_\\d+', {reason}"
+        )
+
+
 def source_of(video: str, pattern: str | None) -> str:
     """The source video that a clip was cut from: what is the same for clips that must stay together.
 
