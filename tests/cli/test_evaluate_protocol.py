@@ -19,7 +19,7 @@ from motionrag.data.video import write_mp4
 from motionrag.errors import MotionRAGError
 from motionrag.evaluation.conditions import Generation
 from motionrag.evaluation.folders import open_folders
-from motionrag.evaluation.gallery import VBench
+from motionrag.evaluation.gallery import Gallery, VBench
 from motionrag.evaluation.scores import Metrics, Scores
 from motionrag.evaluation.split import TestClips
 from motionrag.evaluation.tables import paper_tables, write_tables
@@ -306,6 +306,17 @@ def test_clips_of_another_size_are_fitted(folders):
     found = open_folders({"clips": folders / "made"}, folders / "real", None)
     made, truth, fps = found.read("a")
     assert made["clips"].shape == truth.shape == (5, 3, 24, 32) and fps == pytest.approx(8)
+
+
+def test_an_id_with_slashes_makes_no_folders(tmp_path):
+    gallery, clip = Gallery(tmp_path, 8, 1), torch.zeros(1, 2, 3, 16, 16)
+    record = {"id": "../a/b", "domain": "all", "caption": "a", "motion_caption": "a"}
+    gallery.add("backbone", [record], clip, clip)
+    gallery.write({})
+    names = {"..%2Fa%2Fb_first.png", "..%2Fa%2Fb_truth.mp4", "..%2Fa%2Fb_backbone.mp4"}
+    assert {path.name for path in (tmp_path / "clips").iterdir()} == names
+    (entry,) = json.loads((tmp_path / "clips.json").read_text())
+    assert entry["id"] == "../a/b" and (tmp_path / entry["outputs"]["backbone"]).is_file()
 
 
 def test_vbench_names(tmp_path):

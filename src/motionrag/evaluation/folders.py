@@ -97,9 +97,8 @@ def _check_lengths(
         lengths = []
         for file in files:
             try:
-                clip = read_clip(
-                    file, short_side=16
-                )  # every frame: damage behind the wanted ones goes unseen
+                # every frame: damage behind the last wanted one goes unseen
+                clip = read_clip(file, short_side=16)
             except UnreadableVideo as error:
                 bad.append(f"{file}: {error.reason}")
                 continue

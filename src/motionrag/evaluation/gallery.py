@@ -49,7 +49,9 @@ class Gallery:
         for row, (record, true, one) in enumerate(zip(records, truth, video, strict=True)):
             entry = self._entries.get(record["id"]) or self._start(record, true, row, references)
             if entry is not None:
-                entry["outputs"][condition] = self._write(f"{record['id']}_{condition}", enlarge(one))
+                entry["outputs"][condition] = self._write(
+                    f"{file_name(record['id'])}_{condition}", enlarge(one)
+                )
 
     def _start(
         self,
@@ -62,21 +64,21 @@ class Gallery:
         if left == 0:
             return None
         self._left[record["domain"]] = left - 1
-        clip_id, frames = record["id"], enlarge(true)
+        clip_id, frames, name = record["id"], enlarge(true), file_name(record["id"])
         (self.out / "clips").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(frames[0]).save(self.out / "clips" / f"{clip_id}_first.png")
+        Image.fromarray(frames[0]).save(self.out / "clips" / f"{name}_first.png")
         self._entries[clip_id] = {
             "id": clip_id, "domain": record["domain"], "prompt": record["caption"],
-            "motion_prompt": record["motion_caption"], "first_frame": f"clips/{clip_id}_first.png",
+            "motion_prompt": record["motion_caption"], "first_frame": f"clips/{name}_first.png",
             "references": self._references(clip_id, *references()[row]) if references else [], "outputs": {},
-            "truth": self._write(f"{clip_id}_truth", frames),
+            "truth": self._write(f"{name}_truth", frames),
         }  # fmt: skip
         return self._entries[clip_id]
 
     def _references(self, clip_id: str, ids: Sequence[str], scores: np.ndarray) -> list[dict[str, Any]]:
         return [
             {"id": i, "caption": self.db.caption(i), "motion_caption": self.db.motion_caption(i), "score": float(s),
-             "clip": self._write(f"{clip_id}_ref{n}", self.db.preview(i))}
+             "clip": self._write(f"{file_name(clip_id)}_ref{n}", self.db.preview(i))}
             for n, (i, s) in enumerate(zip(ids[:3], scores[:3], strict=True))
         ]  # fmt: skip
 
@@ -124,9 +126,14 @@ class VBench:
     def _name(self, clip_id: str, prompt: str) -> str:
         if clip_id not in self._names:
             clean = prompt.replace("/", " ").replace("\0", " ").strip().lstrip(".")
-            name = clean.encode()[:NAME_BYTES].decode(errors="ignore") or clip_id
-            self._names[clip_id] = f"{name} ({clip_id})" if name in self._names.values() else name
+            name = clean.encode()[:NAME_BYTES].decode(errors="ignore") or file_name(clip_id)
+            self._names[clip_id] = f"{name} ({file_name(clip_id)})" if name in self._names.values() else name
         return self._names[clip_id]
+
+
+def file_name(clip_id: str) -> str:
+    """An id as a part of a file's name, one for each id: slashes would make folders."""
+    return clip_id.replace("%", "%25").replace("/", "%2F")
 
 
 def enlarge(video: Tensor) -> np.ndarray:
