@@ -1,13 +1,13 @@
 """Run one experiment of this folder and write its table and plot: `make experiment NAME=headline`.
 
-`NAME/experiment.yaml` holds the question, the seeds and the arms; an arm is a list of overrides of `motionrag evaluate`
+`NAME/experiment.yaml` holds the question, what was concluded from the results beside it, the seeds and the arms; an arm is a list of overrides of `motionrag evaluate`
 that leave one condition. Every arm runs with all seeds, on the same test clips and the same noise. Finished runs are
 kept in outputs/experiments/runs, under a name made of their overrides and the weights that ship, and are not run again,
 also when another experiment asks for them. Written beside the yaml:
 
 - results.json: per arm, domain and metric the mean over clips and seeds with its standard error, and the paired
   difference to the baseline arm with its own; for metrics of a whole set (FVD) the mean over seeds and their standard
-  deviation; settings, seeds, seconds, commit
+  deviation; settings, seeds, seconds of generation, commit
 - table.md, plot.png
 
 A standard error is over test clips: each clip's values are averaged over the seeds first, because one clip's seeds
@@ -19,7 +19,6 @@ import hashlib
 import importlib
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +64,25 @@ def world(db_clips: int, test_clips: int, seed: int) -> tuple[Path, Path]:
     return db, shards
 
 
-def run_arm(overrides: list[str], seeds: list[int]) -> Path:
+def run_arm(world_spec: dict[str, int], overrides: list[str]) -> Path:
     """The folder of one evaluation, which is run unless it was already with these weights."""
-    overrides = [*overrides, f"seeds={seeds}"]
-    key = hashlib.sha256(json.dumps(overrides).encode())
+    recipe = {"world": world_spec, "overrides": overrides}
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
     for file in sorted(p for p in WEIGHTS.rglob("*") if p.is_file()):
         key.update(file.read_bytes())
     out = OUTPUTS / "runs" / key.hexdigest()[:16]
     if not (out / "metrics.json").exists():
-        verb("evaluate", *overrides, f"out={out}", "save_clips=0", "resamples=0")
-        write_json(out / "overrides.json", overrides)
+        db, shards = world(**world_spec)
+        verb(
+            "evaluate",
+            f"db={db}",
+            f"shards={shards}",
+            *overrides,
+            f"out={out}",
+            "save_clips=0",
+            "resamples=0",
+        )
+        write_json(out / "recipe.json", recipe)
     return out
 
 
@@ -103,6 +111,17 @@ def summarise(folders: dict[str, Path], baseline: str) -> dict[str, Any]:
                 if len(seeds) > 1:
                     table[arm][domain][metric]["standard_deviation"] = seeds.std()
     return table
+
+
+def generation_seconds(folders: dict[str, Path]) -> int:
+    """What generating all clips of all arms took, whenever it was done."""
+    total = 0.0
+    for folder in folders.values():
+        result = json.loads((folder / "metrics.json").read_text())
+        for domains in result["conditions"].values():
+            clips = sum(row["seconds_per_clip"] * row["n"] for row in domains.values())
+            total += clips * len(result["settings"]["seeds"])
+    return round(total)
 
 
 def markdown(table: dict[str, Any], baseline: str) -> str:
@@ -157,20 +176,20 @@ def main(name: str) -> None:
         known = sorted(p.parent.name for p in HERE.glob("*/experiment.yaml"))
         raise MotionRAGError(f"NAME={name}: no such experiment; choose from {', '.join(known)}")
     spec = OmegaConf.to_container(OmegaConf.load(folder / "experiment.yaml"))
-    started = time.time()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        db, shards = world(**spec["world"])
         folders = {
-            arm: run_arm([f"db={db}", f"shards={shards}", *spec["common"], *overrides], spec["seeds"])
+            arm: run_arm(spec["world"], [*spec["common"], *overrides, f"seeds={spec['seeds']}"])
             for arm, overrides in spec["arms"].items()
         }
     table = summarise(folders, spec["baseline"])
     if any(math.isnan(v["mean"]) for d in table.values() for m in d.values() for v in m.values()):
         raise MotionRAGError(f"{name}: a mean is not a number; remove {OUTPUTS / 'runs'} and run again")
-    about = {"question": spec["question"], "seeds": spec["seeds"], "command": f"make experiment NAME={name}"}
-    about |= {"spec": spec, "seconds": round(time.time() - started), "checkout": git_state(HERE.parent)}
+    about = {key: spec[key] for key in ("question", "conclusion", "seeds")}
+    about["command"] = f"make experiment NAME={name}"
+    about |= {"spec": spec, "seconds": generation_seconds(folders), "checkout": git_state(HERE.parent)}
     write_json(folder / "results.json", about | {"arms": table})
-    write_text(folder / "table.md", markdown(table, spec["baseline"]))
+    head = f"# {name}\n\n{spec['question']}\n\n{spec['conclusion']}\n\n"
+    write_text(folder / "table.md", head + markdown(table, spec["baseline"]))
     plot(folder / "plot.png", table)
     print(markdown(table, spec["baseline"]))
 
