@@ -184,11 +184,11 @@ def main(name: str) -> None:
     table = summarise(folders, spec["baseline"])
     if any(math.isnan(v["mean"]) for d in table.values() for m in d.values() for v in m.values()):
         raise MotionRAGError(f"{name}: a mean is not a number; remove {OUTPUTS / 'runs'} and run again")
-    about = {key: spec[key] for key in ("question", "conclusion", "seeds")}
+    about = {key: spec[key] for key in ("question", "conclusion", "seeds") if key in spec}
     about["command"] = f"make experiment NAME={name}"
     about |= {"spec": spec, "seconds": generation_seconds(folders), "checkout": git_state(HERE.parent)}
     write_json(folder / "results.json", about | {"arms": table})
-    head = f"# {name}\n\n{spec['question']}\n\n{spec['conclusion']}\n\n"
+    head = "\n\n".join([f"# {name}", *(spec[k] for k in ("question", "conclusion") if k in spec), ""])
     write_text(folder / "table.md", head + markdown(table, spec["baseline"]))
     plot(folder / "plot.png", table)
     print(markdown(table, spec["baseline"]))
