@@ -7,7 +7,8 @@ also when another experiment asks for them. Written beside the yaml:
 
 - results.json: per arm, domain and metric the mean over clips and seeds with its standard error, and the paired
   difference to the baseline arm with its own; for metrics of a whole set (FVD) the mean over seeds and their standard
-  deviation; settings, seeds, seconds of generation, commit
+  deviation; settings, seeds, seconds of generation, the commits that ran
+  (a run is not repeated when code changes: remove outputs/experiments/runs for that)
 - table.md, plot.png
 
 A standard error is over test clips: each clip's values are averaged over the seeds first, because one clip's seeds
@@ -82,7 +83,9 @@ def run_arm(world_spec: dict[str, int], overrides: list[str]) -> Path:
             "save_clips=0",
             "resamples=0",
         )
-        write_json(out / "recipe.json", recipe)
+        write_json(
+            out / "recipe.json", recipe | {"commit": (git_state(HERE.parent) or {}).get("commit", "unknown")}
+        )
     return out
 
 
@@ -186,7 +189,10 @@ def main(name: str) -> None:
         raise MotionRAGError(f"{name}: a mean is not a number; remove {OUTPUTS / 'runs'} and run again")
     about = {key: spec[key] for key in ("question", "conclusion", "seeds") if key in spec}
     about["command"] = f"make experiment NAME={name}"
-    about |= {"spec": spec, "seconds": generation_seconds(folders), "checkout": git_state(HERE.parent)}
+    about |= {"spec": spec, "seconds": generation_seconds(folders)}
+    about["commits"] = sorted(
+        {json.loads((f / "recipe.json").read_text())["commit"] for f in folders.values()}
+    )
     write_json(folder / "results.json", about | {"arms": table})
     head = "\n\n".join([f"# {name}", *(spec[k] for k in ("question", "conclusion") if k in spec), ""])
     write_text(folder / "table.md", head + markdown(table, spec["baseline"]))
