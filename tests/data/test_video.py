@@ -150,7 +150,9 @@ def test_decoding_only_what_is_needed_gives_the_same_pictures(moving, wanted, ki
     path = moving[kind]
     some = video._decode_some(path, "x", wanted, video._packets(path, "x"), None)
     whole = video._decode(path, "x", wanted, None, None)
-    if some is None:  # a frame shown before the key frame that comes before it in the file: read from the start
+    if (
+        some is None
+    ):  # a frame shown before the key frame that comes before it in the file: read from the start
         assert kind == 1 and min(wanted) % 12 in (9, 10, 11)
         return
     assert some.times == whole.times and some.pictures.keys() == whole.pictures.keys()

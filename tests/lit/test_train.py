@@ -141,7 +141,14 @@ def test_mistakes_get_one_line(world, tmp_path):
 
 def test_an_option_of_another_backbone_is_named(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ["train", "experiment=tiny_adapter", "backbone=svd_tiny", *world, "logger=csv", "hydra.run.dir=run"]
+    words = [
+        "train",
+        "experiment=tiny_adapter",
+        "backbone=svd_tiny",
+        *world,
+        "logger=csv",
+        "hydra.run.dir=run",
+    ]
     assert cli.main(words) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "svd.SVD.tiny takes no min_timestep: leave it out with ~backbone.min_timestep" in line

@@ -21,7 +21,9 @@ class MotionBatch:
     position: list[int]
     video: Tensor | None = None  # (B, T, 3, H, W) float32 in [-1, 1]
     fps: Tensor | None = None  # (B,) float32, rate at which the frames were taken; None: spread over the clip
-    latents: Tensor | None = None  # (B, F, C, h, w) of the backbone's VAE; `video` is then the first frame alone
+    latents: Tensor | None = (
+        None  # (B, F, C, h, w) of the backbone's VAE; `video` is then the first frame alone
+    )
     context: Tensor | None = None  # (B, L, E) of the backbone, for the caption and the first frame
     target_motion: Tensor | None = None  # (B, N, D) float32
     target_appearance: Tensor | None = None  # (B, M, E) float32
