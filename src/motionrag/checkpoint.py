@@ -22,9 +22,10 @@ SCHEMA = "motionrag.weights/1"
 PREFIXES = ("resampler", "motion_adapter", "cama")
 
 
-def trainable_state(module: nn.Module) -> dict[str, Tensor]:
-    """The module's tensors on the CPU, by key; raises ValueError for keys outside the stable prefixes."""
-    state = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+def trainable_state(state: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A module's tensors, or those of its state dict, on the CPU; raises ValueError for keys outside the prefixes."""
+    state = state.state_dict() if isinstance(state, nn.Module) else state
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     foreign = [key for key in state if key.split(".")[0] not in PREFIXES]
     if foreign:
         raise ValueError(f"weights outside {PREFIXES} must not be saved: {foreign[:3]}")

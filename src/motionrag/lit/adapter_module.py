@@ -14,6 +14,7 @@ from motionrag.data.batch import MotionBatch
 from motionrag.encoders import MotionEncoder
 from motionrag.errors import MotionRAGError
 from motionrag.lit.optimizers import MakeOptimizer, MakeScheduler, configured
+from motionrag.lit.sharding import shard
 from motionrag.modules.motion_adapter import MotionAdapter
 from motionrag.modules.resampler import Resampler
 
@@ -258,11 +259,15 @@ class AdapterModule(L.LightningModule):
                 self.backbone.encoders_to("cpu")
         return torch.stack([kept[name] for name in names]).to(self.device)
 
+    def configure_model(self) -> None:
+        shard(self)
+
     def configure_optimizers(self) -> Any:
         return configured(self.parameters(), self._make_optimizer, self._make_scheduler)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_state(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
+        if "state_dict" in checkpoint:  # else the strategy has read, and checked, it already
+            check_state(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
 
     # --- looking at it -----------------------------------------------------------------------------------------
 

@@ -62,11 +62,15 @@ class SaveWeights(L.Callback):
     ) -> None:
         checkpoint["about"] = self.about
 
-    @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        state = (
+            trainer.strategy.lightning_module_state_dict()
+        )  # all processes: they may have to put it together
+        if not trainer.is_global_zero:
+            return
         metrics = {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
         about = self.about | {"steps": trainer.global_step, "metrics": metrics}
-        save_weights(self.path, trainable_state(module), about)
+        save_weights(self.path, trainable_state(state), about)
 
 
 class Preemption(L.Callback):

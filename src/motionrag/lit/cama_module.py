@@ -10,6 +10,7 @@ from torch import Tensor
 from motionrag.checkpoint import check_state, load_weights
 from motionrag.data.batch import MotionBatch
 from motionrag.lit.optimizers import MakeOptimizer, MakeScheduler, configured
+from motionrag.lit.sharding import shard
 from motionrag.modules.cama import CAMA, cama_losses, sequence_order
 from motionrag.modules.resampler import Resampler
 
@@ -119,8 +120,12 @@ class CAMAModule(L.LightningModule):
         kept = torch.stack([self._kept[clip] for clip in rows]).to(features.device)
         return kept.unflatten(0, features.shape[:2])
 
+    def configure_model(self) -> None:
+        shard(self)
+
     def configure_optimizers(self) -> Any:
         return configured(self.parameters(), self._make_optimizer, self._make_scheduler)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_state(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
+        if "state_dict" in checkpoint:  # else the strategy has read, and checked, it already
+            check_state(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
