@@ -31,8 +31,8 @@ demo: venv ## the whole pipeline on synthetic clips; leaves outputs/demo/report.
 	$(BIN)/motionrag demo
 	@echo "Open outputs/demo/report.html in a browser (one file, works offline)."
 
-test: venv ## run the tests
-	$(BIN)/python -m pytest
+test: venv ## run the tests, two at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: venv ## check style and formatting
 	$(BIN)/ruff check .

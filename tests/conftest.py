@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 # Before torch and the hub libraries are imported: small machines, and no test may reach a network.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
@@ -110,3 +111,29 @@ def random_models(tmp_path_factory, random_encoders) -> list[str]:
         f"weights.adapter={folder}/adapter.safetensors",
         f"weights.cama={folder}/cama.safetensors",
     ]
+
+
+# Errors of the parity cases reach this file from whichever process ran them.
+PARITY = Path(os.environ.get("MOTIONRAG_PARITY_DIR", ROOT / ".." / "shared" / "parity"))
+worst: dict[str, list] = {}  # case -> worst error / tolerance, and the output it belongs to
+
+
+def pytest_runtest_logreport(report) -> None:
+    for name, value in report.user_properties:
+        if name == "parity":
+            case, *found = value
+            worst[case] = max(worst.get(case, [0.0, found[1]]), found)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Every parity case by name with its worst error as a share of the tolerance."""
+    manifest = PARITY / "manifest.json"
+    if not manifest.exists():
+        terminalreporter.section("PARITY NOT CHECKED", sep="!", red=True, bold=True)
+        terminalreporter.line(f"no manifest.json in {PARITY}: set MOTIONRAG_PARITY_DIR to the parity folder")
+    elif worst:
+        terminalreporter.section("parity: worst error / tolerance")
+        for entry in json.loads(manifest.read_text())["cases"]:
+            share, key = worst.get(entry["case"], (None, ""))
+            found = "not covered" if share is None else f"{share:.4f}  {key}"
+            terminalreporter.line(f"{entry['case']:36s} {found}")

@@ -11,14 +11,13 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(os.environ.get("MOTIONRAG_PARITY_DIR", ROOT / ".." / "shared" / "parity"))
-WORST: dict[str, tuple[float, str]] = {}  # case -> worst error / tolerance, and the output it belongs to
 
 
 class Case:
     """One parity case: constructor arguments, inputs, weights, and outputs with their tolerances."""
 
-    def __init__(self, entry: dict) -> None:
-        self.entry = entry
+    def __init__(self, entry: dict, report: list[tuple[str, object]] | None = None) -> None:
+        self.entry, self.report = entry, [] if report is None else report
         self.name = entry["case"]
         self.constructor = entry["constructor"]
         self.checked: set[str] = set()
@@ -39,7 +38,7 @@ class Case:
         return {k.removeprefix(start): v for k, v in self.tensors.items() if k.startswith(start)}
 
     def check(self, **outputs: torch.Tensor) -> None:
-        """Compare `out.<name>` tensors; remembers the worst error as a share of the tolerance."""
+        """Compare `out.<name>` tensors; reports the error as a share of the tolerance."""
         tolerance = self.entry["tolerance"]
         for name, actual in outputs.items():
             key = f"out.{name}"
@@ -53,7 +52,7 @@ class Case:
                 error = (actual.double() - expected.double()).abs()
                 allowed = tolerance["atol"][key] + tolerance["rtol"] * expected.double().abs()
                 share = (error / allowed).max().item()
-            WORST[self.name] = max(WORST.get(self.name, (0.0, key)), (share, key))
+            self.report.append(("parity", [self.name, share, key]))
             assert share <= 1, f"{self.name} {key}: error is {share:.2f} x tolerance"
 
 
@@ -70,7 +69,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     cases = manifest_cases()
     if not cases:
         pytest.skip(f"no parity folder at {FOLDER}: set MOTIONRAG_PARITY_DIR")
-    case = Case(cases[name])
+    case = Case(cases[name], request.node.user_properties)
     yield case
     left = {k for k in case.tensors if k.startswith("out.")} - case.checked
     assert request.node.stash.get(FAILED, False) or not left, (
@@ -87,18 +86,3 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     if report.when == "call" and not report.passed:
         item.stash[FAILED] = True
     return report
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    """Every case by name with its worst error as a share of the tolerance."""
-    cases = manifest_cases()
-    if not cases:
-        terminalreporter.section("PARITY NOT CHECKED", sep="!", red=True, bold=True)
-        terminalreporter.line(f"no manifest.json in {FOLDER}: set MOTIONRAG_PARITY_DIR to the parity folder")
-        return
-    if not WORST:
-        return
-    terminalreporter.section("parity: worst error / tolerance")
-    for name in cases:
-        share, key = WORST.get(name, (None, ""))
-        terminalreporter.line(f"{name:36s} {'not covered' if share is None else f'{share:.4f}  {key}'}")
