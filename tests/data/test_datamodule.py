@@ -1,6 +1,7 @@
 """The stream of training clips: order, resuming, ranks, splits, unreadable clips."""
 
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -159,6 +160,27 @@ def test_resuming_with_other_processes_continues_at_the_same_clip():
     other = module(Numbers(9), batch_size=3, processed=5)
     other.load_state_dict(state)
     assert other.state_dict() == {"clips": 18, "batches": 5}
+
+
+class Large(Numbers):
+    """Clips of 10 MB, made as those of shards are."""
+
+    def read(self, index, position=0):
+        return super().read(index) | {"video": to_pixels(np.zeros((16, 240, 320, 3), np.uint8), 224, 224)}
+
+
+def test_a_worker_does_not_grow():
+    batches = iter(module(Large(40), workers=1, val_share=0).train_dataloader())
+    [worker] = batches._workers
+
+    def memory():
+        status = Path(f"/proc/{worker.pid}/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+    take(batches, 4)
+    before = memory()
+    take(batches, 12)
+    assert memory() < before + 50  # it would grow by about 100
 
 
 # --- clips from disk -----------------------------------------------------------------------------------------------

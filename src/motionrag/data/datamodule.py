@@ -4,6 +4,7 @@ The clip at place `p` of the stream follows from (seed, p) alone, and every batc
 not depend on the number of workers or devices, and a run resumed at place `p` continues as if it had never stopped.
 """
 
+import ctypes
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from motionrag.data.batch import MotionBatch
 from motionrag.data.stream import Order, Shards
@@ -26,6 +27,8 @@ from motionrag.data.video import UnreadableVideo, read_clip
 from motionrag.errors import MotionRAGError
 from motionrag.retrieval import catalog
 from motionrag.retrieval.database import RetrievalDatabase
+
+_M_MMAP_THRESHOLD = -3  # of mallopt
 
 
 class Clips(Protocol):
@@ -230,7 +233,8 @@ class Part(Dataset):
 def batch_of(rows: list[dict[str, Any]], positions: list[int]) -> MotionBatch:
     """What `read` gave for several clips, together."""
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    fields = {k: torch.stack(v) if isinstance(v[0], Tensor) else v for k, v in columns.items()}
+    # default_collate makes a worker's tensors in shared memory at once
+    fields = {k: default_collate(v) if isinstance(v[0], Tensor) else v for k, v in columns.items()}
     return MotionBatch(**fields, position=positions).check()
 
 
@@ -314,7 +318,14 @@ class MotionDataModule(L.LightningDataModule):
     def _loader(self, part: Part, batches: Any) -> DataLoader:
         # its own generator: workers' seeds must not be drawn from the one that networks are initialised with
         generator = torch.Generator().manual_seed(self.seed)
-        return DataLoader(part, batch_sampler=batches, collate_fn=_as_is, generator=generator, **self.loader)
+        return DataLoader(
+            part,
+            batch_sampler=batches,
+            collate_fn=_as_is,
+            generator=generator,
+            worker_init_fn=_give_back_memory,
+            **self.loader,
+        )
 
     def state_dict(self) -> dict[str, int]:
         """Place in the stream, in clips over all processes, at the last finished batch."""
@@ -333,6 +344,17 @@ class MotionDataModule(L.LightningDataModule):
 def _share(text: str) -> float:
     """A fixed number in [0, 1) for a text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def _give_back_memory(worker: int) -> None:
+    """Let a worker return the memory of large tensors when they are freed.
+
+    glibc would soon take them from its heap, whose aligned pieces it cannot use again for tensors of the same size: a
+    worker grew by the size of every clip that it read.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _as_is(batch: MotionBatch) -> MotionBatch:
