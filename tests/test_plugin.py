@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 from diffusers import CogVideoXImageToVideoPipeline, StableVideoDiffusionPipeline
-from diffusers.hooks import group_offloading
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from peft import LoraConfig
 from PIL import Image
 from torch import nn
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -49,6 +49,10 @@ def cogvideox():
     return CogVideoX.load("pkg:tiny", text=text, frames=9)
 
 
+def thin():
+    return CogVideoX.tiny(text=text, num_layers=2)
+
+
 BACKBONES = {
     "cogvideox": cogvideox,
     "svd": SVD.tiny,
@@ -72,11 +76,12 @@ def pipeline(backbone):
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """Backbone -> folder of a package: the one that ships, random ones for the others ("other": for CogVideoX)."""
+    """Backbone -> folder of a package: the one that ships, random ones for the others ("other": for CogVideoX, "thin":
+    for one with fewer layers)."""
     folders = {"cogvideox": TINY}
     sizes = read_weights(TINY / "cama.safetensors")[1]["about"]["sizes"]
     encoders = read_weights(TINY / "cama.safetensors")[1]["about"]["encoders"]
-    for seed, (name, make) in enumerate({**BACKBONES, "other": cogvideox}.items()):
+    for seed, (name, make) in enumerate({**BACKBONES, "other": cogvideox, "thin": thin}.items()):
         if name in folders:
             continue
         backbone, folder = make(), tmp_path_factory.mktemp(name)
@@ -451,8 +456,47 @@ def test_a_database_and_a_motion_prompt(cog, packages, pictures, db):
 # ---------------------------------------------------------------- with other things people do to pipelines
 
 
+def test_lora_of_peft(cog, packages, pictures, clips):
+    """Loaded before or after attaching, fused, unfused and unloaded with diffusers' own calls."""
+    motion = MotionPackage.load(packages["cogvideox"]).attach(cog)
+
+    def video(**options):
+        return run(cog, pictures[:1], steps=1, **options)
+
+    plain, bare = video(references=clips), video()
+    torch.manual_seed(0)
+    style = LoraConfig(r=2, target_modules=["to_q", "to_out.0"], init_lora_weights=False)
+    cog.transformer.add_adapter(style, "style")
+    styled = video(references=clips)
+    motion.detach()
+    styled_bare = video()
+    motion.attach(cog)
+    assert torch.equal(video(references=clips), styled)
+    assert min((styled - other).abs().max() for other in (plain, bare, styled_bare)) > 10 * ATOL
+    cog.transformer.fuse_lora()
+    torch.testing.assert_close(video(references=clips), styled, atol=ATOL, rtol=0)
+    cog.transformer.unfuse_lora()
+    cog.transformer.unload_lora()
+    torch.testing.assert_close(video(references=clips), plain, atol=ATOL, rtol=0)
+    motion.detach()
+    assert not any(m._forward_pre_hooks for m in cog.transformer.modules())
+
+
+def test_offloading_by_accelerate(cog, packages, pictures, clips):
+    """Diffusers' and accelerate's own hooks, with the CPU for the device too."""
+    motion = MotionPackage.load(packages["cogvideox"]).attach(cog)
+    expected = run(cog, pictures[:1], steps=1, references=clips)
+    cog.enable_model_cpu_offload(device="cpu")
+    assert hasattr(cog.transformer, "_hf_hook")
+    assert torch.equal(run(cog, pictures[:1], steps=1, references=clips), expected)
+    motion.detach()
+    motion.attach(cog)
+    assert torch.equal(run(cog, pictures[:1], steps=1, references=clips), expected)
+    motion.detach()
+
+
 class Lora(nn.Module):
-    """A layer around a linear one, with the attributes that PEFT's has: a stand-in, PEFT needs accelerate."""
+    """A layer around a linear one, with the attributes that PEFT's has, for any network."""
 
     def __init__(self, base: nn.Linear):
         super().__init__()
@@ -498,9 +542,10 @@ def test_layers_that_lora_wraps(name, packages, pictures, clips):
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_compiled_transformer(cog, packages, pictures, clips, in_place):
+def test_a_compiled_transformer(packages, pictures, clips, in_place):
+    cog = pipeline(thin())
     bare = run(cog, pictures[:1], steps=1)
-    motion = MotionPackage.load(packages["cogvideox"]).attach(cog)
+    motion = MotionPackage.load(packages["thin"]).attach(cog)
     expected = run(cog, pictures[:1], steps=1, references=clips)
     motion.detach()
     graphs = []
@@ -522,9 +567,7 @@ def test_a_compiled_transformer(cog, packages, pictures, clips, in_place):
     torch.compiler.reset()
 
 
-def test_group_offload_to_disk(cog, packages, pictures, clips, tmp_path, monkeypatch):
-    """Diffusers' own, but for the one function of accelerate's that it uses: here all is on the CPU anyway."""
-    monkeypatch.setattr(group_offloading, "send_to_device", lambda value, *_, **__: value, raising=False)
+def test_group_offload_to_disk(cog, packages, pictures, clips, tmp_path):
     motion = MotionPackage.load(packages["cogvideox"]).attach(cog)
     expected = run(cog, pictures[:1], references=clips)
     cog.transformer.enable_group_offload(
