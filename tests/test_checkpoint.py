@@ -1,11 +1,14 @@
 """Weights files: what is in them, and what happens when they do not fit."""
 
+import errno
 import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
+from motionrag import checkpoint
 from motionrag.checkpoint import load_weights, read_weights, save_weights, trainable_state
 from motionrag.errors import MotionRAGError
 
@@ -84,3 +87,13 @@ def test_nothing_but_trained_parts_is_saved():
 def test_the_manifest_is_json(file):
     manifest = json.loads(file[0].with_suffix(".json").read_text())
     assert manifest["schema"] == "motionrag.weights/1" and manifest["file"] == "w.safetensors"
+
+
+def test_a_full_disk_is_called_that(monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device: .*w.safetensors") as error:
+        save_weights(tmp_path / "w.safetensors", {"cama.x": torch.zeros(9)})
+    assert error.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())

@@ -4,6 +4,8 @@
 `NAME.json` says what they are. The prefixes are the same in every file, so nothing ever renames a key.
 """
 
+import errno
+import os
 import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
@@ -47,7 +49,12 @@ def save_weights(
     """
     path = Path(path)
     with atomic_path(path) as temporary:
-        save_file(dict(state), temporary, metadata={"format": "pt"})
+        try:
+            save_file(dict(state), temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            if "No space left" in str(error):  # all that safetensors tells
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+            raise
     manifest = {
         "schema": SCHEMA,
         "file": path.name,

@@ -4,7 +4,6 @@ A new backbone joins with one line in ``BACKBONES``.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import pytest
 import torch
@@ -103,27 +102,9 @@ def sample(backbone, clips, adapter=None, motion=None, scale=1.0, rows=slice(Non
     )
 
 
-class NoiseByRow:
-    """Stands in for torch.randn and torch.randint: row i of a batch gets the same draws in every batch."""
-
-    def __init__(self, monkeypatch, rows):
-        draws = {name: getattr(torch, name) for name in ("randn", "randint")}
-        generators = [torch.Generator().manual_seed(row) for row in rows]
-
-        def stacked(draw, size, dtype=None, **_):
-            assert size[0] == len(generators), "random numbers without a row for each sample"
-            options = {} if dtype is None else {"dtype": dtype}
-            return torch.stack([draw(tuple(size[1:]), generator=g, **options) for g in generators])
-
-        def randn(*size, **options):
-            size = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
-            return stacked(draws["randn"], size, **options)
-
-        def randint(low, high, size, **options):
-            return stacked(partial(draws["randint"], low, high), size, **options)
-
-        monkeypatch.setattr(torch, "randn", randn)
-        monkeypatch.setattr(torch, "randint", randint)
+def each(rows) -> list[torch.Generator]:
+    """Random numbers for each sample, the same in every batch."""
+    return [torch.Generator().manual_seed(row) for row in rows]
 
 
 # ---------------------------------------------------------------- protocol and shapes
@@ -199,6 +180,8 @@ def test_noise_levels_come_from_the_generator(backbone):
         return
     assert levels[0].shape == (2,) and (levels[0] > 0).all()
     assert torch.equal(levels[0], levels[1]) and not torch.equal(levels[0], levels[2])
+    alone = [backbone.image_noise_level(1, each([row])) for row in (1, 2)]
+    assert torch.equal(backbone.image_noise_level(2, each([1, 2])), torch.cat(alone))
 
 
 def test_loss_depends_on_the_generator_alone(backbone, clips):
@@ -244,6 +227,15 @@ def test_conditions_are_dropped_by_the_generator_alone_and_never_in_place(backbo
             assert torch.equal(one, other)
             assert one.shape == given.shape and one.dtype == given.dtype
     assert torch.equal(clips.context, before[0]) and torch.equal(clips.image_latents, before[1])
+    both = backbone.drop_conditions(clips.context, clips.image_latents, each([3, 4]))
+    alone = [
+        backbone.drop_conditions(clips.context[i : i + 1], clips.image_latents[i : i + 1], each([3 + i]))
+        for i in (0, 1)
+    ]
+    assert all(
+        torch.equal(part, torch.cat(parts))
+        for part, parts in zip(both, zip(*alone, strict=True), strict=True)
+    )
 
 
 def test_encoders_may_leave(request, clips):
@@ -364,11 +356,10 @@ def test_gradient_checkpointing_changes_nothing(backbone, clips, adapter):
 # ---------------------------------------------------------------- batches and guidance
 
 
-def test_loss_of_a_batch_is_the_mean_of_each_alone(backbone, clips, adapter, monkeypatch):
+def test_loss_of_a_batch_is_the_mean_of_each_alone(backbone, clips, adapter):
     def of(rows, *parts):
-        with monkeypatch.context() as patch, adapter.use(tokens()[rows]):
-            NoiseByRow(patch, range(2)[rows])
-            return backbone.loss(*(part[rows] for part in parts))
+        with adapter.use(tokens()[rows]):
+            return backbone.loss(*(part[rows] for part in parts), each(range(2)[rows]))
 
     parts = clips.latents, clips.image_latents, clips.context
     alone = torch.stack([of(slice(i, i + 1), *parts) for i in range(2)])

@@ -69,12 +69,14 @@ def test_cama_learns_what_one_process_learns(world, tmp_path, monkeypatch):
     assert [[*m] for m in moved[0].values()] == [[*m] for m in moved[1].values()]
 
 
-def test_the_adapter_learns_what_ddp_learns(world, tmp_path, monkeypatch):
+def test_the_adapter_learns_what_one_process_and_ddp_learn(world, tmp_path, monkeypatch):
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
     options = ["motion_adapter=reference", "module.gradient_checkpointing=true", "module.optimizer.lr=1"]
     before = start("experiment=smoke", *options)
-    options += ["data.batch_size=2", "trainer.max_steps=2"]
-    expected, _ = run(world, "smoke", tmp_path / "ddp", "trainer=ddp_cpu", *options)
+    options += ["trainer.max_steps=2"]
+    expected, _ = run(world, "smoke", tmp_path / "whole", "data.batch_size=4", *options)
+    options += ["data.batch_size=2"]
+    same(run(world, "smoke", tmp_path / "ddp", "trainer=ddp_cpu", *options)[0], expected, before)
     found, about = run(world, "smoke", tmp_path / "fsdp", *FSDP, *options)
     same(found, expected, before)
     assert about["about"]["metrics"]["val/loss"] != about["about"]["metrics"]["val/loss_null"]

@@ -3,6 +3,9 @@
 Shapes: B batch, T frames, H x W pixels, F latent frames, C latent channels, h x w latent pixels, L context tokens,
 D context width, n motion tokens, d token width. Pictures are float32 in [-1, 1].
 
+Random numbers come from one `torch.Generator` for the batch, or from a list with one for each sample, whose draws then
+do not depend on the batch it is in.
+
 Inputs may come from any device: a backbone moves them to the network that reads them, and returns its results on the
 denoiser's device.
 """
@@ -12,6 +15,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from motionrag.modules.diffusion import Generators
 
 RANDOM_WEIGHTS = "backbone {} has random weights: its videos and scores mean nothing, it is for checks alone"
 
@@ -50,7 +55,7 @@ class Backbone(Protocol):
         """Video (B, T, 3, H, W) -> scaled latents (B, F, C, h, w) float32; the same every time."""
 
     def encode_image(
-        self, image: Tensor, generator: torch.Generator | None = None, noise_level: Tensor | None = None
+        self, image: Tensor, generator: Generators = None, noise_level: Tensor | None = None
     ) -> Tensor:
         """Condition frames (B, 3, H, W) -> condition latents (B, 1, C, h, w) float32.
 
@@ -58,7 +63,7 @@ class Backbone(Protocol):
         every time.
         """
 
-    def image_noise_level(self, batch: int, generator: torch.Generator | None = None) -> Tensor | None:
+    def image_noise_level(self, batch: int, generator: Generators = None) -> Tensor | None:
         """Noise levels (B,) of condition images as training draws them; None for a backbone that adds none."""
 
     def encode_context(self, prompts: Sequence[str], images: Tensor) -> Tensor:
@@ -71,7 +76,7 @@ class Backbone(Protocol):
         """The context of the unconditional half of guidance (B, L, D), for condition frames (B, 3, H, W)."""
 
     def drop_conditions(
-        self, context: Tensor, image_latents: Tensor, generator: torch.Generator | None = None
+        self, context: Tensor, image_latents: Tensor, generator: Generators = None
     ) -> tuple[Tensor, Tensor]:
         """Leave out conditions of some samples, as guidance needs it in training: (context, image latents).
 
@@ -87,7 +92,7 @@ class Backbone(Protocol):
         latents: Tensor,
         image_latents: Tensor,
         context: Tensor,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         noise_level: Tensor | None = None,
         fps: Tensor | None = None,
     ) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
@@ -21,8 +22,10 @@ from motionrag.backbones.sampling import denoising, generators
 from motionrag.encoders import CaptionEncoder, resolve_weights
 from motionrag.errors import MotionRAGError
 from motionrag.modules.diffusion import (
+    Generators,
     add_noise,
     first_frame_condition,
+    for_each,
     image_noise_sigma,
     noisy_image,
     v_loss,
@@ -224,7 +227,7 @@ class CogVideoX:
 
     @torch.no_grad()
     def encode_image(
-        self, image: Tensor, generator: torch.Generator | None = None, noise_level: Tensor | None = None
+        self, image: Tensor, generator: Generators = None, noise_level: Tensor | None = None
     ) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> scaled latents (B, 1, C, h, w), of the image plus noise of level (B,)."""
         if noise_level is not None:
@@ -238,9 +241,10 @@ class CogVideoX:
         latents = posterior.mode().transpose(1, 2) * self.vae.config.scaling_factor
         return latents.float().to(self.device)
 
-    def image_noise_level(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+    def image_noise_level(self, batch: int, generator: Generators = None) -> Tensor:
         """exp(N(-3, .5)) for each image, (B,); with `reference_quirks` one for all."""
-        return image_noise_sigma(1 if self.reference_quirks else batch, generator).expand(batch)
+        levels = image_noise_sigma(batch, generator)
+        return levels[:1].expand(batch) if self.reference_quirks else levels
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> (B, L, D)."""
@@ -257,10 +261,10 @@ class CogVideoX:
         return self._empty_prompt.to(self.device).expand(len(images), -1, -1)
 
     def drop_conditions(
-        self, context: Tensor, image_latents: Tensor, generator: torch.Generator | None = None
+        self, context: Tensor, image_latents: Tensor, generator: Generators = None
     ) -> tuple[Tensor, Tensor]:
         """The empty prompt for a share `text_dropout` of the samples; the image always stays."""
-        drop = torch.rand(len(context), generator=generator, dtype=torch.float32) < self.text_dropout
+        drop = for_each(torch.rand, len(context), generator, dtype=torch.float32) < self.text_dropout
         empty = self.null_context(image_latents).to(context)
         return torch.where(drop.to(context.device)[:, None, None], empty, context), image_latents
 
@@ -291,7 +295,7 @@ class CogVideoX:
 
     def loss(
         self, latents: Tensor, image_latents: Tensor, context: Tensor,
-        generator: torch.Generator | None = None, noise_level: Tensor | None = None, fps: Tensor | None = None,
+        generator: Generators = None, noise_level: Tensor | None = None, fps: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """v-prediction MSE at uniform time steps from `min_timestep` on, a scalar.
 
@@ -299,9 +303,8 @@ class CogVideoX:
         rate is told to the network.
         """
         steps = self.scheduler.config.num_train_timesteps
-        timesteps = torch.randint(self.min_timestep, steps, (len(latents),), generator=generator).to(
-            latents.device
-        )
+        uniform = partial(torch.randint, self.min_timestep, steps)
+        timesteps = for_each(uniform, len(latents), generator).to(latents.device)
         noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
         abar = self.scheduler.alphas_cumprod.to(latents.device)[timesteps]
         velocity = self.predict(add_noise(latents, noise, abar), image_latents, context, timesteps)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from motionrag.backbones.sampling import denoising, generators
 from motionrag.encoders import resolve_weights
 from motionrag.errors import MotionRAGError
 from motionrag.modules.ddim import Prediction, Schedule, Spacing, Step, ddim_step, guide
-from motionrag.modules.diffusion import add_noise, noisy_image, v_loss
+from motionrag.modules.diffusion import Generators, add_noise, for_each, noisy_image, v_loss
 
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 VAE = dict(
@@ -329,7 +330,7 @@ class DynamiCrafter:
 
     @torch.no_grad()
     def encode_image(
-        self, image: Tensor, generator: torch.Generator | None = None, noise_level: Tensor | None = None
+        self, image: Tensor, generator: Generators = None, noise_level: Tensor | None = None
     ) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> scaled latents (B, 1, C, h, w), of the image plus noise of level (B,)."""
         if noise_level is not None:
@@ -343,7 +344,7 @@ class DynamiCrafter:
         latents = self.vae.encode(frames).latent_dist.mode() * self.vae.config.scaling_factor
         return latents.unflatten(0, video.shape[:2]).float().to(self.device)
 
-    def image_noise_level(self, batch: int, generator: torch.Generator | None = None) -> None:
+    def image_noise_level(self, batch: int, generator: Generators = None) -> None:
         """None: the condition image stays clean in training."""
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
@@ -366,11 +367,11 @@ class DynamiCrafter:
         return self._null.to(self.device).expand(len(images), -1, -1)
 
     def drop_conditions(
-        self, context: Tensor, image_latents: Tensor, generator: torch.Generator | None = None
+        self, context: Tensor, image_latents: Tensor, generator: Generators = None
     ) -> tuple[Tensor, Tensor]:
         """Text, image tokens or both of some samples become those of the null context; the image latents stay."""
         no_text, no_image = dropped(
-            torch.rand(len(context), generator=generator, dtype=torch.float32), self.condition_dropout
+            for_each(torch.rand, len(context), generator, dtype=torch.float32), self.condition_dropout
         )
         text = self.denoiser.config.text_tokens
         null = self.null_context(context)
@@ -396,11 +397,11 @@ class DynamiCrafter:
         return out.transpose(1, 2).float()
 
     def loss(
-        self, latents: Tensor, image_latents: Tensor, context: Tensor, generator: torch.Generator | None = None,
+        self, latents: Tensor, image_latents: Tensor, context: Tensor, generator: Generators = None,
         noise_level: Tensor | None = None, fps: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """MSE on v (or on the noise) at uniform time steps, of dynamically rescaled latents; a scalar."""
-        timesteps = torch.randint(0, len(self.schedule), (len(latents),), generator=generator)
+        timesteps = for_each(partial(torch.randint, 0, len(self.schedule)), len(latents), generator)
         noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
         x0, abar = self.schedule.rescale(latents, timesteps), self.schedule.abar[timesteps]
         if fps is None or self.training_fs is not None:

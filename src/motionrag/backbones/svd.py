@@ -26,7 +26,14 @@ from motionrag.backbones.base import MotionInput
 from motionrag.backbones.parts import read_parts
 from motionrag.backbones.sampling import denoising, generators
 from motionrag.errors import MotionRAGError
-from motionrag.modules.diffusion import edm_loss, edm_scalings, edm_sigma, image_noise_sigma, noisy_image
+from motionrag.modules.diffusion import (
+    Generators,
+    edm_loss,
+    edm_scalings,
+    edm_sigma,
+    image_noise_sigma,
+    noisy_image,
+)
 
 SCHEDULER = dict(
     num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", sigma_min=0.002,
@@ -186,7 +193,7 @@ class SVD:
 
     @torch.no_grad()
     def encode_image(
-        self, image: Tensor, generator: torch.Generator | None = None, noise_level: Tensor | None = None
+        self, image: Tensor, generator: Generators = None, noise_level: Tensor | None = None
     ) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> latents (B, 1, C, h, w), not scaled, of the image plus noise of level (B,)."""
         if noise_level is not None:
@@ -200,7 +207,7 @@ class SVD:
         latents = torch.cat([self.vae.encode(chunk).latent_dist.mode() for chunk in chunks])
         return latents.float().to(self.device)
 
-    def image_noise_level(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+    def image_noise_level(self, batch: int, generator: Generators = None) -> Tensor:
         """exp(N(-3, .5)) for each image, (B,)."""
         return image_noise_sigma(batch, generator)
 
@@ -219,7 +226,7 @@ class SVD:
         return torch.zeros(len(images), 1, self.denoiser.config.cross_attention_dim, device=self.device)
 
     def drop_conditions(
-        self, context: Tensor, image_latents: Tensor, generator: torch.Generator | None = None
+        self, context: Tensor, image_latents: Tensor, generator: Generators = None
     ) -> tuple[Tensor, Tensor]:
         """Nothing is dropped, as in the reference: the unconditional half of guidance comes with the weights."""
         return context, image_latents
@@ -262,7 +269,7 @@ class SVD:
 
     def loss(
         self, latents: Tensor, image_latents: Tensor, context: Tensor,
-        generator: torch.Generator | None = None, noise_level: Tensor | None = None, fps: Tensor | None = None,
+        generator: Generators = None, noise_level: Tensor | None = None, fps: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The EDM loss at sigma = exp(N(.7, 1.6)), a scalar. The network is told `fps_id`, never a clip's own rate."""
         sigma = edm_sigma(len(latents), generator).to(latents)

@@ -194,14 +194,15 @@ class AdapterModule(L.LightningModule):
     @torch.no_grad()
     def _conditions(
         self, batch: MotionBatch, purpose: str, dropout: list[torch.Generator] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, torch.Generator, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, list[torch.Generator], Tensor | None, Tensor | None]:
         """Arguments of the backbone's loss; with `dropout`, one generator a clip, conditions are left out."""
         backbone, clips = self.backbone, batch.clip_id
-        generator = torch.Generator().manual_seed(step_seed(self.seed, purpose, batch.position[0]))
+        # one for each clip: two processes of batch n draw what one of 2n draws
+        generator = [torch.Generator().manual_seed(step_seed(self.seed, purpose, p)) for p in batch.position]
         rates = [None] * len(batch) if batch.fps is None else batch.fps.tolist()
         frames = [0] * len(batch)
         if backbone.random_frame:
-            frames = torch.randint(backbone.frames, (len(batch),), generator=generator).tolist()
+            frames = [int(torch.randint(backbone.frames, (1,), generator=g)) for g in generator]
         images = batch.video[range(len(batch)), frames]
         # the first frame is the same at every rate
         pictures = [(c, f, *([r] if f and r else [])) for c, f, r in zip(clips, frames, rates, strict=True)]
@@ -228,7 +229,7 @@ class AdapterModule(L.LightningModule):
         return latents, image_latents, context, generator, level, batch.fps
 
     def _image_latents(
-        self, images: Tensor, names: list[tuple], generator: torch.Generator
+        self, images: Tensor, names: list[tuple], generator: list[torch.Generator]
     ) -> tuple[Tensor, Tensor | None]:
         """Condition latents (B, 1, C, h, w) and their noise levels (B,)."""
         backbone = self.backbone

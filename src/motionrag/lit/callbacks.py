@@ -19,6 +19,7 @@ from PIL import Image
 from motionrag.checkpoint import save_weights, trainable_state
 from motionrag.data.batch import MotionBatch
 from motionrag.errors import MotionRAGError
+from motionrag.lit.checkpoint_io import BackgroundCheckpointIO
 
 
 class SkippedClips(L.Callback):
@@ -128,6 +129,9 @@ class Preemption(L.Callback):
         if asked:
             self._asked, self._saved = 0, asked
             trainer.save_checkpoint(self.path)
+            if isinstance(trainer.strategy.checkpoint_io, BackgroundCheckpointIO):
+                trainer.strategy.checkpoint_io.wait()
+            trainer.strategy.barrier("preemption")  # no process ends before the file is there
             if trainer.is_global_zero:
                 print(f"asked to stop: saved step {trainer.global_step} to {self.path}", flush=True)
 

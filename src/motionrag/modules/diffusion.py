@@ -4,9 +4,21 @@
 `x_t = sqrt(abar) x0 + sqrt(1 - abar) noise` the network predicts `v = sqrt(abar) noise - sqrt(1 - abar) x0`.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# For a batch as a whole, or one for each sample, whose draws then do not depend on the batch it is in.
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+def for_each(draw: Callable[..., Tensor], batch: int, generator: Generators = None, **options) -> Tensor:
+    """`draw((batch,), ...)`, such as `torch.randn`, of shape (batch,) on the CPU; a list's generators one sample each."""
+    if not isinstance(generator, list):
+        return draw((batch,), generator=generator, **options)
+    return torch.cat([draw((1,), generator=g, **options) for g in generator])
 
 
 def _roots(abar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,11 +60,9 @@ def weighted_x0_loss(predicted_v: Tensor, x0: Tensor, noise: Tensor, abar: Tenso
     return (error.square().flatten(1).mean(1) / (1 - abar.double())).mean()
 
 
-def image_noise_sigma(
-    batch: int, generator: torch.Generator | None = None, device: torch.device | None = None
-) -> Tensor:
+def image_noise_sigma(batch: int, generator: Generators = None) -> Tensor:
     """Noise level exp(N(-3, 0.5)) for each sample's condition image, (B,) float32."""
-    draw = torch.randn(batch, generator=generator, device=device, dtype=torch.float32)
+    draw = for_each(torch.randn, batch, generator, dtype=torch.float32)
     return torch.exp(-3.0 + 0.5 * draw)
 
 
@@ -75,15 +85,9 @@ def first_frame_condition(latents: Tensor, image_latents: Tensor) -> Tensor:
 # --- EDM preconditioning, as Stable Video Diffusion is trained: x_t = x0 + sigma noise, sigma of shape (B,) ------------
 
 
-def edm_sigma(
-    batch: int,
-    generator: torch.Generator | None = None,
-    mean: float = 0.7,
-    std: float = 1.6,
-    device: torch.device | None = None,
-) -> Tensor:
+def edm_sigma(batch: int, generator: Generators = None, mean: float = 0.7, std: float = 1.6) -> Tensor:
     """Noise level exp(N(mean, std)) for each sample, (B,) float32."""
-    draw = torch.randn(batch, generator=generator, device=device, dtype=torch.float32)
+    draw = for_each(torch.randn, batch, generator, dtype=torch.float32)
     return torch.exp(mean + std * draw)
 
 
