@@ -51,6 +51,15 @@ def uniform_indices(total: int, count: int) -> list[int]:
     return torch.linspace(0, total - 1, count).round().long().tolist()
 
 
+def fingerprint(network: nn.Module) -> str:
+    """SHA-256 over names and values of a network's weights (hex)."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 class FrozenEncoder(nn.Module):
     """What the three encoders share: a name, a width, a fingerprint of the weights, and staying frozen."""
 
@@ -74,12 +83,8 @@ class FrozenEncoder(nn.Module):
 
     @cached_property
     def weights(self) -> str:
-        """SHA-256 over names and values of the weights that make features (hex); read it before casting them."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self._feature_network().state_dict().items()):
-            digest.update(f"{name} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        """Fingerprint of the weights that make features; read it before casting them."""
+        return fingerprint(self._feature_network())
 
     def _feature_network(self) -> nn.Module:
         return self.model

@@ -21,6 +21,7 @@ from motionrag.errors import MotionRAGError
 from motionrag.modules.cama import CAMA
 from motionrag.modules.motion_adapter import MotionAdapter
 from motionrag.modules.resampler import Resampler
+from motionrag.retrieval.database import RetrievalDatabase
 
 
 class MotionRAG:
@@ -99,25 +100,41 @@ class MotionRAG:
             self.motion_encoder(torch.zeros(1, self.motion_encoder.frames, 3, side, side))
         )
 
-    @torch.no_grad()
     def adapt(self, reference_motion: Tensor, reference_appearance: Tensor, image: Tensor) -> Tensor:
+        """As `adapt_tokens`, from the references' motion features (B, K, N, D)."""
+        return self.adapt_tokens(self.motion_tokens(reference_motion), reference_appearance, image)
+
+    @torch.no_grad()
+    def adapt_tokens(self, reference_tokens: Tensor, reference_appearance: Tensor, image: Tensor) -> Tensor:
         """The image's motion tokens (B, l, d) as CAMA predicts them.
 
-        reference_motion (B, K, N, D) and reference_appearance (B, K, M, E) nearest first, image (B, 3, H, W).
+        reference_tokens (B, K, l, d) and reference_appearance (B, K, M, E) nearest first, image (B, 3, H, W).
         Raises MotionRAGError for more references than CAMA has positions for.
         """
         if self.cama is None:
             raise MotionRAGError("these weights hold no CAMA: train Stage 2 (motionrag train stage=cama)")
         most = len(self.cama.motion_positions.table) // self.cama.tokens - 1
-        if reference_motion.shape[1] > most:
+        if reference_tokens.shape[1] > most:
             raise MotionRAGError(
-                f"k={reference_motion.shape[1]}: this CAMA takes at most {most} reference clips; lower k"
+                f"k={reference_tokens.shape[1]}: this CAMA takes at most {most} reference clips; lower k"
             )
         if getattr(self.backbone, "reference_quirks", False):
             image = image / 2 + 0.5
-        return self.cama.predict(
-            self.motion_tokens(reference_motion), reference_appearance, self.appearance_encoder(image)
-        )
+        return self.cama.predict(reference_tokens, reference_appearance, self.appearance_encoder(image))
+
+    def check_database(self, db: RetrievalDatabase) -> None:
+        """Raise MotionRAGError, naming both, unless a database was made with these encoders and, where it holds motion
+        tokens, this Resampler."""
+        db.check_encoders({"motion": self.motion_encoder, "appearance": self.appearance_encoder})
+        db.check_resampler(self.resampler)
+
+    def read_references(self, db: RetrievalDatabase, ids: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+        """Motion tokens (B, K, l, d) and appearance features (B, K, M, E) of clips of a database that was checked."""
+        if db.resampled:
+            tokens = torch.stack([db.motion_tokens(row) for row in ids])
+        else:
+            tokens = self.motion_tokens(torch.stack([db.motion_features(row) for row in ids]))
+        return tokens, torch.stack([db.appearance_features(row) for row in ids])
 
     def encode_references(self, clips: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Reference clips, each (T, 3, H, W), -> motion features (1, K, N, D), appearance features (1, K, M, E)."""

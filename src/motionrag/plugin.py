@@ -186,7 +186,7 @@ class MotionPackage:
         if not clips:
             raise MotionRAGError("references is empty: give at least one clip, or leave it out")
         if len(clips) == 1 and isinstance(clips[0], File) and Path(clips[0]).is_dir():
-            features = self._retrieve(
+            tokens, appearance = self._retrieve(
                 str(clips[0]), prompts or call.prompts, 9 if k is None else k, call.image
             )
         elif prompts is not None or k is not None:
@@ -194,9 +194,10 @@ class MotionPackage:
                 "motion_prompt and k choose clips of a database: give its folder as references"
             )
         else:
-            features = self._model.encode_references([self._read(clip) for clip in clips])
-        motion, appearance = (f.expand(len(call.image), *f.shape[1:]) for f in features)
-        tokens = self._model.adapt(motion, appearance, call.image)
+            motion, appearance = self._model.encode_references([self._read(clip) for clip in clips])
+            tokens = self._model.motion_tokens(motion)
+        found = (value.expand(len(call.image), *value.shape[1:]) for value in (tokens, appearance))
+        tokens = self._model.adapt_tokens(*found, call.image)
         tokens = tokens.repeat_interleave(call.videos, dim=0)
         adapter, device = self._follow(), self._host.device
         return MotionInput(adapter, tokens.to(device), self._model.null_tokens.to(device), scale)
@@ -221,7 +222,7 @@ class MotionPackage:
         )
 
     def _retrieve(self, db: str, prompts: Any, k: int, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B or 1, K, N, D) and (B or 1, K, M, E) of the clips nearest to each prompt."""
+        """Motion tokens (B or 1, K, l, d) and appearance features (B or 1, K, M, E) of the clips nearest to each prompt."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts or [])
         if len(prompts) not in (1, len(image)):
             raise MotionRAGError(
@@ -230,13 +231,12 @@ class MotionPackage:
             )
         if db not in self._retrievers:
             database = RetrievalDatabase(db)
-            database.check_encoders({"motion": self.motion_encoder, "appearance": self.appearance_encoder})
+            self._model.check_database(database)
             caption = CaptionEncoder(database.manifest["encoders"]["caption"]["name"])
             self._retrievers[db] = TextRetriever(database, caption)
         retriever = self._retrievers[db]
         found = [retriever.retrieve(prompt, k)[0] for prompt in prompts]
-        motion = torch.stack([retriever.db.motion_features(ids) for ids in found])
-        return motion, torch.stack([retriever.db.appearance_features(ids) for ids in found])
+        return self._model.read_references(retriever.db, found)
 
 
 # --- what a package is attached to -----------------------------------------------------------------------------------

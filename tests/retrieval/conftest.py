@@ -29,7 +29,8 @@ def write_store(tmp_path):
     """Write a store of ``sizes`` clips per part; returns its folder and the features by id.
 
     Clips 0 and 1, 2 and 3, ... come from the same source when ``paired``; ids start with ``prefix``; ``extra``
-    gives a clip's further fields by its number; ``embeddings`` (n,W) are the captions', random if None.
+    gives a clip's further fields by its number; ``embeddings`` (n,W) are the captions', random if None;
+    ``resampler`` is the identity of the Resampler whose motion tokens the features are to be.
     """
 
     def write(
@@ -41,6 +42,8 @@ def write_store(tmp_path):
         extra=lambda number: {},
         embeddings=None,
         motion_encoder=None,
+        precision="fp16",
+        resampler=None,
     ):
         rng, out, features, number = np.random.default_rng(seed), tmp_path / name, {}, 0
         write_json(
@@ -48,12 +51,13 @@ def write_store(tmp_path):
             {
                 "shards": [{"file": f"clips-{part}.tar"} for part in range(len(sizes))],
                 "encoders": {role: FakeEncoder().identity for role in ("motion", "appearance", "caption")}
-                | ({"motion": motion_encoder} if motion_encoder else {}),
+                | ({"motion": motion_encoder} if motion_encoder else {})
+                | ({"resampler": resampler} if resampler else {}),
                 "sampling": {},
             },
         )
         for part, size in enumerate(sizes):
-            with PartWriter(out, f"clips-{part}", {"skipped": [], "preview_frames": 2}) as writer:
+            with PartWriter(out, f"clips-{part}", {"skipped": [], "preview_frames": 2}, precision) as writer:
                 for _ in range(size):
                     source = f"{prefix}-source{number // 2 if paired else number}"
                     clip = {

@@ -30,13 +30,13 @@ def test_what_is_read_is_what_was_written(write_store, mmap):
     for name, size in (("clips-0", 3), ("clips-1", 4)):
         part = Part(out / "parts" / name, mmap)
         part.verify()
-        assert (part.motion.dtype, part.appearance.dtype, part.caption.dtype) == ("f2", "f2", "f4")
-        assert isinstance(part.motion, np.memmap) == mmap
-        assert len(part.clips) == len(part.motion) == size
+        assert [part.array(name).dtype for name in ("motion", "appearance", "caption")] == ["f2", "f2", "f4"]
+        assert isinstance(part.array("motion"), np.memmap) == mmap
+        assert len(part.clips) == len(part.array("motion")) == size
         for row in range(size):
             expected = features[f"c{number}"]
             for array in ("motion", "appearance", "caption"):
-                np.testing.assert_array_equal(getattr(part, array)[row], expected[array])
+                np.testing.assert_array_equal(part.array(array)[row], expected[array])
             assert part.preview(row).shape == (2, 16, 24, 3)
             assert np.abs(part.preview(row).astype(int) - expected["preview"]).max() <= 2
             assert part.clips[row]["id"] == f"c{number}"
@@ -66,7 +66,7 @@ def test_leftovers_of_a_killed_run_are_replaced(tmp_path):
     with PartWriter(tmp_path, "p", {"preview_frames": 2}) as writer:
         add(writer, 3)
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["p"]
-    assert len(Part(tmp_path / "parts" / "p").motion) == 3
+    assert len(Part(tmp_path / "parts" / "p").array("motion")) == 3
 
 
 def test_a_full_disk_is_told_as_such(tmp_path):

@@ -76,7 +76,7 @@ def test_the_folder_can_be_moved_and_is_not_written_to(write_database, tmp_path)
     query = features["c2"]["caption"]
     assert db.search(query, 1)[0][0] == ["c2"]
     assert db.neighbours("c2", 2)
-    assert not db._part(0).motion.flags.writeable
+    assert not db._part(0).array("motion").flags.writeable
     db.motion_features(["c2"]).add_(1)  # a copy
     assert files == {
         file: (file.stat().st_mtime_ns, file.read_bytes()) for file in moved.rglob("*") if file.is_file()

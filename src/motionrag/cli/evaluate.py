@@ -110,7 +110,7 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
     check_depth(db, int(cfg.k))
     metrics = load_metrics(cfg)
     model = build(cfg)
-    db.check_encoders({"motion": model.motion_encoder, "appearance": model.appearance_encoder})
+    model.check_database(db)
     find = References(db, instantiate(cfg.retriever, db=db), int(cfg.k), str(cfg.query), cfg.without)
     if "known_only" in conditions:
         check_depth(db, int(cfg.k), len(find.left_out))  # now, not after the conditions before it

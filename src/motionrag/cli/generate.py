@@ -65,11 +65,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     used: list[dict[str, Any]] = []
     tokens = None
     if db:
-        db.check_encoders({"motion": model.motion_encoder, "appearance": model.appearance_encoder})
+        model.check_database(db)
         retriever = instantiate(cfg.retriever, db=db)
         ids, scores = retriever.retrieve(str(cfg.motion_prompt or cfg.prompt), int(cfg.k))
-        features = db.motion_features(ids)[None], db.appearance_features(ids)[None]
-        tokens = model.adapt(*features, image)
+        tokens = model.adapt_tokens(*model.read_references(db, [ids]), image)
         used = [{"score": s, **db.clip(i)} for i, s in zip(ids, scores.tolist(), strict=True)]
     elif cfg.references:
         frames = model.motion_encoder.frames  # no more of them: a reference may be long

@@ -81,6 +81,9 @@ def _inspect(db: Any) -> dict[str, Any]:
         "columns": ", ".join(db.columns),
         "disk": ", ".join(f"{name} {_size(size)}" for name, size in bytes_of.items()),
     }
+    if stored := manifest.get("stored"):  # earlier versions do not tell
+        error = ", ".join(f"{name} {value:g}" for name, value in stored["error"].items())
+        about["stored"] = f"{', '.join(stored['precision'])}; relative error: {error or 'not measured'}"
     width = max(map(len, about))
     print("\n".join(f"{name:<{width}}  {value}" for name, value in about.items()))
     return {
@@ -92,6 +95,7 @@ def _inspect(db: Any) -> dict[str, Any]:
         "index": index,
         "bytes": bytes_of,
         **{key: manifest[key] for key in ("encoders", "shapes", "skipped", "neighbours")},
+        "stored": manifest.get("stored"),
     }
 
 

@@ -1,4 +1,4 @@
-"""The processes of a data-parallel training: started here, or found around us (torchrun, Slurm).
+"""The processes of a data-parallel training, or of encoding: started here, or found around us (torchrun, Slurm).
 
 A run with several devices gets one process per device, started by PyTorch's elastic agent (what torchrun uses) from the
 resolved config. Nothing parses the command line twice, so a Hydra sweep stays one sweep, every run has one folder, and
@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -135,8 +136,8 @@ def processes(trainer: DictConfig) -> int:
     return wanted
 
 
-def start(count: int, cfg: DictConfig) -> dict[str, Any]:
-    """Train `cfg` (resolved) in `count` processes on this machine; returns what rank 0 returned.
+def start(count: int, cfg: DictConfig, work: Callable[[DictConfig], dict[str, Any]]) -> dict[str, Any]:
+    """Call `work` with `cfg` (resolved) in `count` processes on this machine; returns what rank 0 returned.
 
     When a rank fails the others are ended, by force after 30 s. Raises MotionRAGError with that rank's error; its
     traceback goes to the log.
@@ -149,7 +150,7 @@ def start(count: int, cfg: DictConfig) -> dict[str, Any]:
     # Ranks are forked from a process that has imported everything and done nothing: all runs of a sweep share the
     # seconds of importing, and no thread or GPU context is ever forked.
     resolved = OmegaConf.to_container(cfg, resolve=True)
-    multiprocessing.set_forkserver_preload(["motionrag.cli.train", *sorted(_modules(resolved))])
+    multiprocessing.set_forkserver_preload([work.__module__, *sorted(_modules(resolved))])
     # a rank that was killed leaves a semaphore behind; Python removes it and would warn after our error
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     with tempfile.TemporaryDirectory(prefix="motionrag-ranks-") as folder:
@@ -166,7 +167,7 @@ def start(count: int, cfg: DictConfig) -> dict[str, Any]:
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
-            return elastic_launch(config, _train)(resolved)[0]
+            return elastic_launch(config, _rank)(work, resolved)[0]
         except ChildFailedError as error:
             raise MotionRAGError(_reason(error.failures, count)) from None
         except SignalException as error:
@@ -185,17 +186,17 @@ def _modules(config: Any) -> set[str]:
     return set().union(*map(_modules, config)) if isinstance(config, list) else set()
 
 
-def _train(cfg: dict[str, Any]) -> dict[str, Any]:
+def _rank(work: Callable[[DictConfig], dict[str, Any]], cfg: dict[str, Any]) -> dict[str, Any]:
     """One rank."""
     import torch
 
-    from motionrag.cli import train, user_message
+    from motionrag.cli import user_message
 
     logging.basicConfig(format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     try:
-        return train.train(OmegaConf.create(cfg))
+        return work(OmegaConf.create(cfg))
     except Exception as error:
         if line := user_message(error):
             raise MotionRAGError(line) from error

@@ -36,7 +36,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if cfg.features is not None and not _shards_at(cfg.features):
         make_features(cfg)
     processes = launch.processes(cfg.trainer)
-    return launch.start(processes, cfg) if processes > 1 else train(cfg)
+    return launch.start(processes, cfg, train) if processes > 1 else train(cfg)
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -194,6 +194,7 @@ def _about(cfg: DictConfig, module: L.LightningModule, db: RetrievalDatabase | N
             db.check_encoders({"motion": module.motion_encoder})
         return about
     about["encoders"] = {role: db.manifest["encoders"][role] for role in ("motion", "appearance")}
+    db.check_resampler(module.resampler)
     stage1 = read_weights(cfg.resampler_weights)[1] if cfg.resampler_weights else {}
     about["resampler_weights"] = stage1.get("sha256")
     trained_with = stage1.get("about", {}).get("encoders", {}).get("motion")

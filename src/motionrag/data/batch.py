@@ -26,9 +26,11 @@ class MotionBatch:
     )
     context: Tensor | None = None  # (B, L, E) of the backbone, for the caption and the first frame
     target_motion: Tensor | None = None  # (B, N, D) float32
+    target_tokens: Tensor | None = None  # (B, l, d) float32, motion tokens in place of motion features
     target_appearance: Tensor | None = None  # (B, M, E) float32
     reference_id: list[list[str]] | None = None  # B x K
     reference_motion: Tensor | None = None  # (B, K, N, D) float32
+    reference_tokens: Tensor | None = None  # (B, K, l, d) float32, as target_tokens
     reference_appearance: Tensor | None = None  # (B, K, M, E) float32
     # Clips that could not be read and were replaced by the next readable one, "id: reason".
     skipped: list[str] = field(default_factory=list)
@@ -49,8 +51,10 @@ class MotionBatch:
             "latents": 5,
             "context": 3,
             "target_motion": 3,
+            "target_tokens": 3,
             "target_appearance": 3,
             "reference_motion": 4,
+            "reference_tokens": 4,
             "reference_appearance": 4,
         }
         for name, rank in ranks.items():

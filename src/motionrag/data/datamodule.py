@@ -104,6 +104,7 @@ class ShardClips:
         self.rates = list(fps) if isinstance(fps, Sequence) else [fps]
         self.db = RetrievalDatabase(db) if db else None
         if self.db is not None:
+            self.db.motion_features(())  # an error now if it holds motion tokens
             absent = set(self.ids) - set(self.db.ids)
             if absent:
                 raise MotionRAGError(
@@ -172,14 +173,15 @@ class ReferenceClips:
         """One clip's features and those of its references, nearest first."""
         clip_id = self.ids[index]
         ids = [clip_id, *self.db.neighbours(clip_id, self.k, self.held_out)]
-        motion, appearance = self.db.motion_features(ids), self.db.appearance_features(ids)
+        motion = self.db.motion_tokens(ids) if self.db.resampled else self.db.motion_features(ids)
+        name, appearance = "tokens" if self.db.resampled else "motion", self.db.appearance_features(ids)
         return {
             "clip_id": clip_id,
             "captions": self.db.caption(clip_id),
-            "target_motion": motion[0],
+            f"target_{name}": motion[0],
             "target_appearance": appearance[0],
             "reference_id": ids[1:],
-            "reference_motion": motion[1:],
+            f"reference_{name}": motion[1:],
             "reference_appearance": appearance[1:],
         }
 

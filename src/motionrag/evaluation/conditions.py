@@ -153,14 +153,16 @@ class Generation:
         ids = [row for row, _ in found]
 
         def adapt() -> Tensor:
-            motion = torch.stack([self.find.db.motion_features(row) for row in ids])
-            if condition == "mean":
-                return self.model.motion_tokens(motion).mean(1)
             if condition == "fusion":
+                motion = torch.stack([self.find.db.motion_features(row) for row in ids])
                 distances = 1 - torch.from_numpy(np.stack([scores for _, scores in found]))
                 return self.model.motion_tokens(fuse_references(motion, self.fusion, distances))
-            appearance = torch.stack([self.find.db.appearance_features(row) for row in ids])
-            return self.model.adapt(motion, appearance, self.image)
+            tokens, appearance = self.model.read_references(self.find.db, ids)
+            return (
+                tokens.mean(1)
+                if condition == "mean"
+                else self.model.adapt_tokens(tokens, appearance, self.image)
+            )
 
         return self._once(key, adapt)
 

@@ -101,8 +101,12 @@ class CAMAModule(L.LightningModule):
 
     def _predict(self, batch: MotionBatch) -> tuple[Tensor, Tensor]:
         """CAMA's tokens and the true ones, both (B, K+1, l, d) in sequence order."""
-        features = torch.cat([batch.reference_motion, batch.target_motion[:, None]], dim=1)
-        tokens = self._tokens(batch, features)
+        if batch.reference_tokens is not None:  # of this Resampler: the database was checked
+            tokens = torch.cat([batch.reference_tokens, batch.target_tokens[:, None]], dim=1)
+        else:
+            tokens = self._tokens(
+                batch, torch.cat([batch.reference_motion, batch.target_motion[:, None]], dim=1)
+            )
         references = tokens[:, :-1]
         truth = sequence_order(references, tokens[:, -1])
         return self.cama(references, batch.reference_appearance, batch.target_appearance), truth

@@ -19,17 +19,20 @@ from motionrag.retrieval.bank import PART_FILE, PARTS, Part, PartWriter, writer_
 from motionrag.retrieval.database import (
     FILES,
     MANIFEST,
+    RESAMPLER,
     STORE,
     Contents,
     Entry,
     RetrievalDatabase,
     about_encoder,
+    about_motion,
     build_locked,
     difference,
     publish,
     read_entries,
     read_manifest,
     read_store,
+    role_name,
 )
 from motionrag.retrieval.index import CaptionIndex
 from motionrag.retrieval.neighbours import nearest, updated
@@ -137,10 +140,18 @@ def verify(path: str | Path) -> dict[str, int]:
 
 def check_same_encoders(path: Path, store: dict[str, Any], other: Path, given: dict[str, Any]) -> None:
     """Raise :class:`MotionRAGError` unless the features of two stores were made alike; names both encoders."""
+    if any(
+        RESAMPLER in a["encoders"] and RESAMPLER not in b["encoders"]
+        for a, b in ((store, given), (given, store))
+    ):
+        raise MotionRAGError(
+            f"{other} holds {about_motion(given['encoders'])}, {path} {about_motion(store['encoders'])}; encode its shards "
+            f"again {'with that resampler_weights' if RESAMPLER in store['encoders'] else 'without resampler_weights'}"
+        )
     for role, identity in store["encoders"].items():
         if key := difference(identity, given["encoders"][role]):
             raise MotionRAGError(
-                f"{other} was encoded with the {role} encoder {about_encoder(given['encoders'][role])}, {path} holds "
+                f"{other} was encoded with the {role_name(role)} {about_encoder(given['encoders'][role])}, {path} holds "
                 f"features of {about_encoder(identity)}: they differ in {key}; encode its shards again with the same"
             )
     if store["sampling"] != given["sampling"]:

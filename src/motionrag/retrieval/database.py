@@ -19,17 +19,21 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import nn
 
+from motionrag.encoders import fingerprint
 from motionrag.errors import MotionRAGError
 from motionrag.io import read_json, sha256, write_json
 from motionrag.retrieval import catalog
-from motionrag.retrieval.bank import PART_FILE, PARTS, Part, write_npy, writer_lock
+from motionrag.retrieval.bank import FEATURES, PART_FILE, PARTS, Part, write_npy, writer_lock
 from motionrag.retrieval.index import CaptionIndex, build_index, exact_search
 from motionrag.retrieval.neighbours import Captions, nearest
 
 SCHEMA = "motionrag.database/1"
 MANIFEST = "manifest.json"
 STORE = "store.json"
+#: Role of the motion Resampler among the encoders of a store that holds motion tokens.
+RESAMPLER = "resampler"
 #: Files that the manifest names; a checksum goes between name and suffix.
 FILES = {"catalog": "clips.arrow", "index": "index.faiss", "neighbours": "neighbours.npy"}
 #: A filter that leaves no more clips than this is searched clip by clip: exact, and as fast.
@@ -174,7 +178,31 @@ class RetrievalDatabase:
     # ------------------------------------------------------------ features
 
     def motion_features(self, ids: Sequence[str]) -> torch.Tensor:
-        """Motion features (k,N,D) float32 of the clips, in the order of ``ids``."""
+        """Motion features (k,N,D) float32 of the clips, in the order of ``ids``.
+
+        Raises :class:`MotionRAGError` if motion tokens are stored instead.
+        """
+        if self.resampled:
+            raise MotionRAGError(
+                f"database {self.path} holds {about_motion(self.manifest['encoders'])}, the motion features before it are "
+                "needed here; encode the shards into another folder without resampler_weights"
+            )
+        return self._features("motion", ids)
+
+    @property
+    def resampled(self) -> bool:
+        """Whether motion tokens are stored in place of motion features."""
+        return RESAMPLER in self.manifest["encoders"]
+
+    def motion_tokens(self, ids: Sequence[str]) -> torch.Tensor:
+        """Motion tokens (k,l,d) float32 of the clips, in the order of ``ids``; see :meth:`check_resampler`.
+
+        Raises :class:`MotionRAGError` if motion features are stored instead.
+        """
+        if not self.resampled:
+            raise MotionRAGError(
+                f"database {self.path} holds motion features, no motion tokens; encode with resampler_weights=FILE"
+            )
         return self._features("motion", ids)
 
     def appearance_features(self, ids: Sequence[str]) -> torch.Tensor:
@@ -182,11 +210,11 @@ class RetrievalDatabase:
         return self._features("appearance", ids)
 
     def _features(self, name: str, ids: Sequence[str]) -> torch.Tensor:
-        values = np.empty((len(ids), *self.manifest["shapes"][name]), dtype=np.float16)
+        values = torch.empty(len(ids), *self.manifest["shapes"][name])
         for slot, clip_id in enumerate(ids):
             part, row = self._place(clip_id)
-            values[slot] = getattr(part, name)[row]
-        return torch.from_numpy(values).float()  # much faster than NumPy's way to float32
+            values[slot] = part.features(name, row)
+        return values
 
     @cached_property
     def caption_embeddings(self) -> np.ndarray:
@@ -200,11 +228,15 @@ class RetrievalDatabase:
     def class_tokens(self, ids: Sequence[str]) -> np.ndarray:
         """The appearance encoder's class tokens (k,E) float32 of the clips' first frames, in the order of ``ids``."""
         numbers = self._numbers[[self.row(clip_id) for clip_id in ids]]
-        found = _gather(self._part, self._starts, numbers, "appearance", lambda values: values[:, 0])
-        return found.astype(np.float32)
+        return _gather(
+            self._part,
+            self._starts,
+            numbers,
+            lambda part, rows: part.features("appearance", (rows, 0)).numpy(),
+        )
 
     def _fetch(self, numbers: np.ndarray) -> np.ndarray:
-        return _gather(self._part, self._starts, numbers, "caption")
+        return _gather(self._part, self._starts, numbers, _captions)
 
     def preview(self, clip_id: str) -> np.ndarray:
         """A few frames of the clip, uint8 (P,h,w,3), spread over its length, first and last included."""
@@ -320,6 +352,19 @@ class RetrievalDatabase:
                     "(encoders=NAME) or encode the shards again"
                 )
 
+    def check_resampler(self, resampler: nn.Module) -> None:
+        """Where motion tokens are stored: make sure that this Resampler (float32) makes them.
+
+        Raises :class:`MotionRAGError` naming both.
+        """
+        stored = self.manifest["encoders"].get(RESAMPLER)
+        if stored and stored["weights"] != (given := fingerprint(resampler)):
+            raise MotionRAGError(
+                f"database {self.path} holds {about_motion(self.manifest['encoders'])}, this run's Resampler has the "
+                f"weights {given[:8]}; use the Stage 1 weights that the database was encoded with, or encode the "
+                "shards again"
+            )
+
 
 def check_depth(db: RetrievalDatabase, k: int, excluded: int = 0) -> None:
     """Raise :class:`MotionRAGError` unless ``db`` has ``k`` >= 1 clips left besides the excluded ones."""
@@ -380,6 +425,18 @@ def about_encoder(identity: Mapping[str, Any]) -> str:
     return f"{identity['name']} (width {identity['width']}{size}, weights {identity['weights'][:8]})"
 
 
+def role_name(role: str) -> str:
+    """What a role among a store's encoders is called."""
+    return "motion Resampler" if role == RESAMPLER else f"{role} encoder"
+
+
+def about_motion(encoders: Mapping[str, Any]) -> str:
+    """What a store with these encoders holds of the clips' motion, in words."""
+    if RESAMPLER not in encoders:
+        return "motion features"
+    return f"motion tokens of the Resampler {about_encoder(encoders[RESAMPLER])}"
+
+
 def _check_sizes(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Every file there and of the size written? Contents are for ``motionrag index verify``."""
     for name, file in files.items():
@@ -398,21 +455,24 @@ def _gather(
     part: Callable[[int], Part],
     starts: np.ndarray,
     numbers: np.ndarray,
-    name: str,
-    pick: Callable[[np.ndarray], np.ndarray] = lambda values: values,
+    read: Callable[[Part, Any], np.ndarray],
 ) -> np.ndarray:
-    """Rows of an array that is spread over parts, for clip numbers (m,) in any order."""
+    """What ``read`` gives for rows of a part, for clip numbers (m,) of many parts in any order."""
     where = np.searchsorted(starts, numbers, side="right") - 1
     found = None
     for index in np.unique(where):
         mine = np.flatnonzero(where == index)
         rows = numbers[mine] - starts[index]
-        stored = pick(getattr(part(int(index)), name))
-        if found is None:
-            found = np.empty((len(numbers), *stored.shape[1:]), stored.dtype)
         run = rows[-1] - rows[0] + 1 == len(rows) and (np.diff(rows) == 1).all()
-        found[mine] = stored[rows[0] : rows[-1] + 1] if run else stored[rows]
+        values = read(part(int(index)), slice(int(rows[0]), int(rows[-1]) + 1) if run else rows)
+        if found is None:
+            found = np.empty((len(numbers), *values.shape[1:]), values.dtype)
+        found[mine] = values
     return np.empty((0, 0), np.float32) if found is None else found
+
+
+def _captions(part: Part, rows: Any) -> np.ndarray:
+    return part.caption[rows]
 
 
 # ---------------------------------------------------------------- writing
@@ -452,7 +512,7 @@ class Contents:
     def fetch(self, numbers: np.ndarray) -> np.ndarray:
         """Caption embeddings (m,W) of clip numbers (m,)."""
         starts = np.array([entry.start for entry in self.entries])
-        return _gather(lambda index: self.entries[index].part, starts, numbers, "caption")
+        return _gather(lambda index: self.entries[index].part, starts, numbers, _captions)
 
     def captions(self, index: CaptionIndex, near_duplicate: float | None) -> Captions:
         """What neighbours are searched in."""
@@ -567,7 +627,8 @@ def publish(
         "clips": len(table),
         "encoders": store["encoders"],
         "sampling": store["sampling"],
-        "shapes": {name: list(getattr(full, name).shape[1:]) for name in ("motion", "appearance", "caption")},
+        "shapes": {name: list(full.array(name).shape[1:]) for name in (*FEATURES, "caption")},
+        "stored": _stored([entry.part for entry in contents.entries]),
         "parts": [
             {
                 "name": entry.part.path.name,
@@ -597,6 +658,19 @@ def publish(
             if file.name not in kept:
                 file.unlink()
     return manifest
+
+
+def _stored(parts: Sequence[Part]) -> dict[str, Any]:
+    """In which precisions features are stored, and the relative error (root mean square over clips) that this makes."""
+    told = [part.about for part in parts if "error" in part.about]  # not of parts of earlier versions
+    clips = sum(about["clips"] for about in told)
+    error = {
+        name: float(f"{(sum(a['clips'] * a['error'][name] ** 2 for a in told) / clips) ** 0.5:.2e}")
+        for name in FEATURES
+        if clips
+    }
+    precisions = {part.about.get("precision", "fp16") for part in parts if len(part)}
+    return {"precision": sorted(precisions), "error": error}
 
 
 def _put(path: Path, role: str, write: Callable[[Path], None]) -> dict[str, str]:
