@@ -44,19 +44,19 @@ def run(tmp_path, monkeypatch, capfd):
     return run
 
 
-def first_step(backbone, world, *words):
-    """Words for one training step."""
-    sizes = ["trainer.max_steps=1", "data.batch_size=2", "data.val_share=0.2", "data.val_batches=1"]
+def first_steps(backbone, world, *words):
+    """Words for two training steps of an experiment that was made for the shipped backbone."""
+    sizes = ["trainer.max_steps=2", "data.batch_size=2", "data.val_share=0.2", "data.val_batches=1"]
     quiet = ["callbacks.progress.refresh_rate=0", "logger=csv", "trainer.log_every_n_steps=1"]
-    made = [f"shards={world}/made/shards", f"db={world}/made/db", "trainer.val_check_interval=1"]
-    return [f"backbone={backbone}", *made, *sizes, *quiet, *words]
+    made = [f"shards={world}/made/shards", f"db={world}/made/db", "trainer.val_check_interval=2"]
+    return ["experiment=tiny_adapter", f"backbone={backbone}", "make=null", *made, *sizes, *quiet, *words]
 
 
 @pytest.mark.parametrize("backbone", ["svd_tiny", "dynamicrafter_tiny"])
 def test_train_generate_evaluate(backbone, world, run, tmp_path, capfd):
     said = f"backbone {backbone} has random weights"
-    out = run("train", *first_step(backbone, world, "motion_adapter.init=reference"))
-    assert said in out and "1 steps, train/loss" in out
+    out = run("train", *first_steps(backbone, world, "motion_adapter.init=reference"))
+    assert said in out and "2 steps, train/loss" in out
     weights = tmp_path / "runs/train/weights/adapter.safetensors"
     assert read_weights(weights)[1]["about"]["backbone"] == backbone
 

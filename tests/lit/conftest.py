@@ -1,4 +1,4 @@
-"""Both stages at minimal size on clips in memory: real networks, no files."""
+"""All stages at minimal size on clips in memory: real networks, no files."""
 
 from functools import partial
 
@@ -12,6 +12,7 @@ from motionrag.data.datamodule import MotionDataModule, Part
 from motionrag.encoders import MotionEncoder
 from motionrag.lit.adapter_module import AdapterModule
 from motionrag.lit.cama_module import CAMAModule
+from motionrag.lit.joint_module import JointModule
 from motionrag.modules.cama import CAMA
 from motionrag.modules.motion_adapter import MotionAdapter
 from motionrag.modules.resampler import Resampler
@@ -110,6 +111,25 @@ def cama_module():
         cama = CAMA(Resampler(embedding_dim=8, **SIZES), width=16, depth=1, heads=2, ff_dim=32)
         resampler = Resampler(embedding_dim=16, **SIZES)
         return CAMAModule(cama, resampler, partial(torch.optim.AdamW, lr=lr), **options)
+
+    return make
+
+
+@pytest.fixture
+def joint_module(motion_encoder):
+    """Make a Stage 3 module; options as of AdapterModule."""
+
+    def make(init="zero", lr=1e-2, backbone=None, **options):
+        torch.manual_seed(0)
+        return JointModule(
+            cama=CAMA(Resampler(embedding_dim=8, **SIZES), width=16, depth=1, heads=2, ff_dim=32),
+            backbone=backbone or CogVideoX.tiny(text=text, num_layers=2, num_attention_heads=1),
+            resampler=Resampler(embedding_dim=16, **SIZES),
+            motion_adapter=partial(MotionAdapter.for_modules, init=init),
+            optimizer=partial(torch.optim.AdamW, lr=lr),
+            motion_encoder=motion_encoder,
+            **options,
+        )
 
     return make
 

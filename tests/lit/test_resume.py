@@ -17,10 +17,10 @@ from motionrag.data.shards import pack
 from motionrag.lit.callbacks import Preemption, SaveWeights, SkippedClips
 
 
-@pytest.mark.parametrize("stage", ["adapter_module", "cama_module"])
+@pytest.mark.parametrize("stage", ["adapter_module", "cama_module", "joint_module"])
 def test_kill_and_resume(stage, request, fit, interrupt, tmp_path):
     # the cache is empty again after a resume, which must not matter
-    options = {"cache": True} if stage == "adapter_module" else {}
+    options = {} if stage == "cama_module" else {"cache": True}
     make = partial(request.getfixturevalue(stage), **options)
     validation = {"val_check_interval": 3, "limit_val_batches": 1}
     whole, _ = fit(make(), 9, **validation)

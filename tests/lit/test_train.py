@@ -58,7 +58,7 @@ def test_every_experiment_composes_and_resolves(experiment):
     with torch.device("meta"):
         resampler = instantiate(cfg.resampler)
         cama = instantiate(cfg.cama)
-    if cfg.stage_name == "cama":
+    if cfg.stage_name != "adapter":
         assert (resampler.tokens, resampler.output_dim) == (cama.tokens, cama.width)
         assert (cfg.k + 1) * cama.tokens <= cfg.cama.max_positions
 
@@ -75,7 +75,7 @@ def test_every_choice_composes(group):
 
 @pytest.mark.parametrize("experiment", [name for name in TRAINING if not name.startswith("cogvideox")])
 def test_small_experiments_run_a_step(experiment, world, tmp_path):
-    extra = ["k=3", "resampler_weights=null"] if experiment.endswith("cama") else []
+    extra = {"cama": ["k=3", "resampler_weights=null"], "joint": ["k=3"]}.get(experiment.split("_")[-1], [])
     names = [name for name in world if not (experiment.endswith("cama") and name.startswith("shards"))]
     sizes = ["trainer.max_steps=2", "data.batch_size=2", "data.val_batches=1", "trainer.val_check_interval=2"]
     cfg = config(f"experiment={experiment}", f"run_dir={tmp_path}", *names, *extra, *sizes, *QUIET)
@@ -85,9 +85,9 @@ def test_small_experiments_run_a_step(experiment, world, tmp_path):
     assert results["steps"] == 2 and len(losses(tmp_path)) == 2
     assert all(math.isfinite(value) for value in results["metrics"].values())
     state, manifest = read_weights(results["weights"])
-    assert {k.split(".")[0] for k in state} == (
-        {"cama"} if cfg.stage_name == "cama" else {"resampler", "motion_adapter"}
-    )
+    trained = {"adapter": {"resampler", "motion_adapter"}, "cama": {"cama"}}
+    trained["joint"] = trained["adapter"] | trained["cama"]
+    assert {k.split(".")[0] for k in state} == trained[cfg.stage_name]
     assert manifest["about"]["encoders"]["motion"]["width"] == 96
     assert results["trainable_parameters"] == sum(v.numel() for v in state.values())
 
@@ -145,6 +145,8 @@ def test_an_option_of_another_backbone_is_named(world, tmp_path, monkeypatch, ca
         "train",
         "experiment=tiny_adapter",
         "backbone=svd_tiny",
+        "+backbone.min_timestep=400",
+        "+backbone.text_dropout=0.6",
         *world,
         "logger=csv",
         "hydra.run.dir=run",

@@ -1,5 +1,7 @@
-"""Reading a model that is kept in diffusers' layout: one folder for each network."""
+"""A backbone's networks: reading them from diffusers' layout, one folder for each, and telling them apart."""
 
+import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,3 +47,19 @@ def _read(folder: str, name: str, kind: type, precision: torch.dtype) -> Any:
     if missing := sorted(info["missing_keys"]):  # the libraries would go on with random values
         raise ValueError(f"{name}/ lacks {len(missing)} weights, the first is {missing[0]}")
     return network.eval().requires_grad_(False)
+
+
+def fingerprint(modules: Mapping[str, nn.Module]) -> str:
+    """A short name for the weights of networks, from names, types, shapes and 16 values of each tensor spread over it.
+
+    Networks of several GB take a moment, not minutes; a change of single values is not seen.
+    """
+    digest = hashlib.sha256()
+    for name, module in sorted(modules.items()):
+        for key, value in module.state_dict().items():
+            values = value.detach().flatten()
+            some = values[:: max(len(values) // 16, 1)][:17].double().cpu()
+            digest.update(
+                f"{name}.{key} {value.dtype} {tuple(value.shape)}".encode() + some.numpy().tobytes()
+            )
+    return digest.hexdigest()[:16]

@@ -145,8 +145,8 @@ def _time(
     query = torch.randn(rows, max(positions // share, 1), width, device=device, dtype=dtype)
     forms: dict[str, Callable[[], Any]] = {
         "layer": lambda: module(*args, **kwargs),
-        "plain": lambda: torch.add(query, site(query, plain)),
-        "folded": lambda: torch.add(query, site(query, folded)),
+        "plain": lambda: site(query, plain, query),
+        "folded": lambda: site(query, folded, query),
     }
     expected = site(query, plain)
     error = (site(query, folded) - expected).abs().max() / expected.abs().max()

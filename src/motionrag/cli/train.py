@@ -1,4 +1,4 @@
-"""``motionrag train``: Stage 1 (motion adapter) or Stage 2 (CAMA)."""
+"""``motionrag train``: Stage 1 (motion adapter), Stage 2 (CAMA) or Stage 3 (both together)."""
 
 from __future__ import annotations
 
@@ -132,7 +132,13 @@ def make_features(cfg: DictConfig) -> None:
     from hydra.utils import instantiate
 
     from motionrag.data.features import write_features
+    from motionrag.data.shards import INDEX
+    from motionrag.errors import MotionRAGError
 
+    if cfg.stage_name == "joint":
+        raise MotionRAGError(
+            f"features={cfg.features} is not there: write it with stage=adapter, Stage 3 reads the same"
+        )
     module = instantiate(cfg.module)
     about = _features_of(cfg, module)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -143,14 +149,23 @@ def make_features(cfg: DictConfig) -> None:
     def encode(batch: Any) -> dict[str, Any]:
         return module.frozen_features(batch.to(device))
 
-    write_features(cfg.features, clips, encode, about, int(cfg.data.batch_size))
+    index = write_features(cfg.features, clips, encode, about, int(cfg.data.batch_size))
+    if index["skipped"]:
+        first = index["skipped"][0]
+        print(
+            f"features={cfg.features}: {len(index['skipped'])} of {len(clips.ids)} clips cannot be read and are left "
+            f"out (all in {INDEX}), the first: {first['id']}: {first['reason']}"
+        )
+    torch.cuda.empty_cache()  # for the training that follows, maybe in processes of its own
 
 
 def _features_of(cfg: DictConfig, module: L.LightningModule) -> dict[str, Any]:
     from motionrag.errors import MotionRAGError
 
-    if cfg.stage_name != "adapter":
-        raise MotionRAGError("features=... is for stage=adapter; Stage 2 reads the features of the database")
+    if cfg.stage_name == "cama":
+        raise MotionRAGError(
+            "features=... is for stage=adapter and stage=joint; Stage 2 reads the features of the database"
+        )
     fps = OmegaConf.to_container(cfg.clips)["fps"] if OmegaConf.is_list(cfg.clips.fps) else cfg.clips.fps
     return {**module.frozen_identity(), "fps": fps}
 
@@ -159,16 +174,27 @@ def _clips(cfg: DictConfig, module: L.LightningModule) -> Any:
     """The clips of the configuration, or their features; raises MotionRAGError for features of other networks."""
     from hydra.utils import instantiate
 
+    from motionrag.data.features import fingerprint
+    from motionrag.data.stream import Shards
     from motionrag.errors import MotionRAGError
 
     if cfg.features is None:
         return instantiate(cfg.clips, **module.clip_options())
     wanted = _features_of(cfg, module)
     clips = instantiate(cfg.clips, **module.clip_options(), shards=cfg.features)
-    if clips.made_by != wanted:
+    made_by = dict(clips.made_by or {})
+    source = made_by.pop("shards", None)
+    if made_by != wanted:
         raise MotionRAGError(
-            f"features={cfg.features} were made by {json.dumps(clips.made_by)}, this configuration needs "
+            f"features={cfg.features} were made by {json.dumps(made_by or None)}, this configuration needs "
             f"{json.dumps(wanted)}: choose another folder"
+        )
+    if OmegaConf.is_missing(cfg, "shards") or cfg.shards is None:  # the features alone were copied here
+        return clips
+    if source != fingerprint(Shards(cfg.shards, cfg.clips.cache, cfg.clips.cache_gb)):
+        raise MotionRAGError(
+            f"features={cfg.features} were made of other clips than those of shards={cfg.shards}: choose another "
+            "folder, or shards=null to train on them"
         )
     return clips
 
@@ -186,14 +212,20 @@ def _about(cfg: DictConfig, module: L.LightningModule, db: RetrievalDatabase | N
         for part in ("resampler", "cama")
         if part in cfg.module
     }
-    if cfg.stage_name == "adapter":
+    if cfg.stage_name != "cama":
         about["backbone"] = module.backbone.name
         about["adapter_query"] = sorted(set(module.motion_adapter.query.values()))
         about["encoders"] = {"motion": dict(module.motion_encoder.identity)}
         if db is not None:
             db.check_encoders({"motion": module.motion_encoder})
+    if cfg.stage_name == "adapter":
         return about
     about["encoders"] = {role: db.manifest["encoders"][role] for role in ("motion", "appearance")}
+    _check_widths(module, db)
+    if cfg.stage_name == "joint":
+        started = {part: path for part, path in cfg.weights.items() if path}
+        about["started_from"] = {p: read_weights(path)[1].get("sha256") for p, path in started.items()}
+        return about
     db.check_resampler(module.resampler)
     stage1 = read_weights(cfg.resampler_weights)[1] if cfg.resampler_weights else {}
     about["resampler_weights"] = stage1.get("sha256")
@@ -204,14 +236,19 @@ def _about(cfg: DictConfig, module: L.LightningModule, db: RetrievalDatabase | N
             f"{cfg.resampler_weights} was trained on motion features of {trained_with['name']}, the database "
             f"{db.path} holds those of {about['encoders']['motion']['name']}: choose the database of that training"
         )
+    return about
+
+
+def _check_widths(module: L.LightningModule, db: RetrievalDatabase) -> None:
+    from motionrag.errors import MotionRAGError
+
     for role, expected in module.feature_widths().items():
-        found = about["encoders"][role]["width"]
+        found = db.manifest["encoders"][role]["width"]
         if found != expected:
             raise MotionRAGError(
                 f"database {db.path} holds {role} features of width {found}, this configuration expects {expected}: "
                 "choose resampler=/cama= of the right size, or another database"
             )
-    return about
 
 
 def _origin(cfg: DictConfig, db: RetrievalDatabase | None) -> dict[str, Any]:

@@ -171,7 +171,10 @@ class ReferenceClips:
 
     def read(self, index: int, position: int = 0) -> dict[str, Any]:
         """One clip's features and those of its references, nearest first."""
-        clip_id = self.ids[index]
+        return self.features(self.ids[index])
+
+    def features(self, clip_id: str) -> dict[str, Any]:
+        """The same, by the clip's name."""
         ids = [clip_id, *self.db.neighbours(clip_id, self.k, self.held_out)]
         motion = self.db.motion_tokens(ids) if self.db.resampled else self.db.motion_features(ids)
         name, appearance = "tokens" if self.db.resampled else "motion", self.db.appearance_features(ids)
@@ -184,6 +187,40 @@ class ReferenceClips:
             f"reference_{name}": motion[1:],
             "reference_appearance": appearance[1:],
         }
+
+
+class ShardClipsWithReferences(ReferenceClips):
+    """Clips of shards with the features of their nearest neighbours in a database: what Stage 3 learns from.
+
+    Args:
+        shards, frames, height, width: of ShardClips, as all `options`.
+        db: retrieval database with neighbours that holds these clips.
+        k: reference clips per clip; itself and its source are never among them.
+    """
+
+    def __init__(
+        self,
+        shards: str | Path,
+        frames: int,
+        height: int,
+        width: int,
+        db: str | Path,
+        k: int = 9,
+        **options: Any,
+    ) -> None:
+        super().__init__(db, k)
+        self.clips = ShardClips(shards, frames, height, width, db=db, **options)
+        self.ids, self.sources = self.clips.ids, self.clips.sources
+        self.shards, self.buffer = self.clips.shards, self.clips.buffer
+        self.made_by = self.clips.made_by
+
+    def split(self, column: str) -> list[str]:
+        """Each clip's value in a column of the packed table."""
+        return self.clips.split(column)
+
+    def read(self, index: int, position: int = 0) -> dict[str, Any]:
+        """One clip: video, frame rate, caption, its features and those of its references, nearest first."""
+        return self.features(self.ids[index]) | self.clips.read(index, position)
 
 
 def _column(table: pa.Table, column: str) -> list[str]:

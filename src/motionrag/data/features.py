@@ -7,6 +7,7 @@ they are streamed, shuffled, checked and resumed by the same code.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -22,11 +23,19 @@ from motionrag.data.batch import MotionBatch
 from motionrag.data.datamodule import ShardClips, batch_of
 from motionrag.data.members import write_table
 from motionrag.data.shards import INDEX, ClipRecord
-from motionrag.data.stream import locked
+from motionrag.data.stream import Shards, locked
 from motionrag.data.video import UnreadableVideo
 from motionrag.errors import MotionRAGError
 from motionrag.io import atomic_path, read_json, sha256, write_json
 from motionrag.retrieval import catalog
+
+
+def fingerprint(shards: Shards) -> str:
+    """A short name for the contents of shards, the same wherever they lie."""
+    digest = hashlib.sha256()
+    for shard in shards.shards.values():
+        digest.update(shard["sha256"].encode())
+    return digest.hexdigest()[:16]
 
 
 def write_features(
@@ -44,7 +53,7 @@ def write_features(
         out: folder that is to be.
         clips: what is encoded.
         encode: batch -> fields of MotionBatch.
-        about: JSON-able; kept in the index.
+        about: JSON-able; kept in the index under `features`, with the clips' `fingerprint` as `shards`.
         batch_size: clips encoded together.
         max_bad: share of clips that may be unreadable before it stops with an error.
 
@@ -109,7 +118,7 @@ def _write_all(
         "shards": shards,
         "table": write_table(partial / "out", [shard["file"] for shard in shards]),
         "skipped": skipped,
-        "features": about,
+        "features": about | {"shards": fingerprint(clips.stream)},
     }
     write_json(partial / "out" / INDEX, index)
     (partial / "out").rename(out)

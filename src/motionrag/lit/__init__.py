@@ -1,1 +1,1 @@
-"""LightningModules for the two training stages, and their callbacks."""
+"""LightningModules for the training stages, and their callbacks."""

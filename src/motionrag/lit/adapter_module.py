@@ -6,9 +6,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from motionrag.backbones.base import RANDOM_WEIGHTS, Backbone, MotionInput
+from motionrag.backbones.parts import fingerprint
 from motionrag.checkpoint import check_state, load_weights
 from motionrag.data.batch import MotionBatch
 from motionrag.encoders import MotionEncoder
@@ -129,8 +130,10 @@ class AdapterModule(L.LightningModule):
             raise MotionRAGError(
                 f"{backbone.name} is trained on a frame drawn from the clip anew each time: it takes no features, only clips"
             )
-        sizes = {name: getattr(backbone, name) for name in ("name", "frames", "height", "width")}
-        return {"backbone": sizes, "motion_encoder": dict(self.motion_encoder.identity)}
+        about = {name: getattr(backbone, name) for name in ("name", "frames", "height", "width")}
+        encoders = {k: v for k, v in vars(backbone).items() if isinstance(v, nn.Module) and k != "denoiser"}
+        about["weights"] = fingerprint(encoders)
+        return {"backbone": about, "motion_encoder": dict(self.motion_encoder.identity)}
 
     def null_features(self) -> Tensor:
         """Features (1, N, D) of the all-zero clip, computed once."""
@@ -146,6 +149,14 @@ class AdapterModule(L.LightningModule):
         """Features (B, N, D) -> motion tokens (B, n, d) in the precision that is trained in."""
         return self.resampler(features.to(self.dtype))
 
+    def clip_tokens(self, batch: MotionBatch, dropped: Tensor | None = None) -> Tensor:
+        """The tokens (B, n, d) that the backbone is shown: of the clips themselves; of `dropped` ones (B,), bool, the
+        zero clip's."""
+        features = self.motion_features(batch)
+        if dropped is not None:
+            features = torch.where(dropped[:, None, None], self.null_features(), features)
+        return self.motion_tokens(features)
+
     # --- training ----------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
@@ -158,23 +169,19 @@ class AdapterModule(L.LightningModule):
     def on_fit_start(self) -> None:
         for part in self._frozen:
             part.to(self.device)
-        if self._kept is None:
-            self.backbone.encoders_to(self.device)
         if self.backbone.random_weights:
             self.print(RANDOM_WEIGHTS.format(self.backbone.name))
 
     def training_step(self, batch: MotionBatch, batch_idx: int) -> Tensor:
-        features = self.motion_features(batch)
         dropout = [
             torch.Generator().manual_seed(step_seed(self.dropout_seed, "dropout", p)) for p in batch.position
         ]
         conditions = self._conditions(batch, "noise", dropout)
         # null tokens, not a skipped branch: DDP needs every gradient
         drop = torch.cat([torch.rand(1, generator=g, dtype=torch.float32) for g in dropout])
-        drop = (drop < self.reference_dropout).to(features.device)[:, None, None]
-        features = torch.where(drop, self.null_features(), features)
+        tokens = self.clip_tokens(batch, (drop < self.reference_dropout).to(self.device))
         # Not `use`: gradient checkpointing reads the tokens again during backward, after this method returned.
-        self.motion_adapter.set(self.motion_tokens(features))
+        self.motion_adapter.set(tokens)
         loss = self.backbone.loss(*conditions)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
@@ -183,8 +190,8 @@ class AdapterModule(L.LightningModule):
         self.motion_adapter.clear()
 
     def validation_step(self, batch: MotionBatch, batch_idx: int) -> None:
-        """Loss with the clips' own motion, and with the zero clip's on the same noise."""
-        tokens = self.motion_tokens(self.motion_features(batch))
+        """Loss with the clips' motion, and with the zero clip's on the same noise."""
+        tokens = self.clip_tokens(batch)
         null = self.motion_tokens(self.null_features()).expand_as(tokens)
         for name, motion in (("val/loss", tokens), ("val/loss_null", null)):
             with self.motion_adapter.use(motion):
@@ -246,8 +253,13 @@ class AdapterModule(L.LightningModule):
         return torch.cat(latents), None if levels[0] is None else torch.cat(levels)
 
     def _encoded(self, kind: str, names: list[tuple], encode: Callable[[list[int]], Tensor]) -> Tensor:
-        """Encode all rows, or with the cache on only those never seen before."""
+        """Encode all rows, or with the cache on only those never seen before.
+
+        The context's encoders come to the device when they are first needed: for features never.
+        """
         if self._kept is None:
+            if kind == "context":
+                self.backbone.encoders_to(self.device)
             return encode(list(range(len(names))))
         kept = self._kept[kind]
         new = list({name: row for row, name in enumerate(names) if name not in kept}.items())
@@ -277,7 +289,7 @@ class AdapterModule(L.LightningModule):
         """Videos (B, T, 3, H, W) in [-1, 1] from the batch's first frames: "without" and "with" its motion."""
         motion = MotionInput(
             self.motion_adapter,
-            self.motion_tokens(self.motion_features(batch)),
+            self.clip_tokens(batch),
             self.motion_tokens(self.null_features()),
         )
         images = batch.video[:, 0]

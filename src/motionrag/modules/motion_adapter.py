@@ -91,8 +91,11 @@ class AdapterSite(nn.Module):
             values = rearrange(self.to_v(tokens.to(kept)), "b n (h d) -> b h n d", h=self.heads)
         return Motion(keys.to(kept), values, folded=True)
 
-    def forward(self, query: Tensor, motion: Motion) -> Tensor:
-        """query (r*B, L, hidden) and the motion of B samples -> the branch's output (r*B, L, hidden).
+    def forward(
+        self, query: Tensor, motion: Motion, hidden: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
+        """query (r*B, L, hidden) and the motion of B samples -> the branch's output (r*B, L, hidden), or, with `hidden`
+        of that shape, hidden + scale * branch: one pass over memory less.
 
         The r rows of a sample (per-frame layers) are neighbours. Raises ValueError if rows and samples do not fit.
         """
@@ -106,7 +109,10 @@ class AdapterSite(nn.Module):
         else:
             q = rearrange(self.to_q(x), "b l (h d) -> b h l d", h=self.heads)
             out = F.scaled_dot_product_attention(q, motion.keys, motion.values)
-        return rearrange(out, "b h l d -> b l (h d)").reshape(query.shape).to(query.dtype)
+        out = rearrange(out, "b h l d -> b l h d").to(query.dtype)
+        if hidden is not None:
+            out = torch.add(hidden.reshape(out.shape), out, alpha=scale)
+        return out.reshape(query.shape)
 
     def stamp(self) -> tuple | None:
         """Differs whenever the weights have changed; None if that cannot be told (inference tensors)."""
@@ -275,8 +281,7 @@ class MotionAdapter(nn.Module):
                     f"site {name}: query={site.query} has shape {tuple(query.shape)}, the attention output "
                     f"{tuple(hidden.shape)}; they must be equal, so build the adapter with query=output here"
                 )
-            branch = site(query, self._motion(name, site, use))
-            return torch.add(hidden, branch, alpha=use.scale), *rest
+            return site(query, self._motion(name, site, use), hidden, use.scale), *rest
 
         # In front of all other hooks: the motion that another adapter adds to `h` is no part of this one's query.
         source = module if site.query == "hidden" else module.to_out[0]
