@@ -53,6 +53,9 @@ VERBS: dict[str, Verb] = {
     "export": Verb("our weights -> checkpoints of the reference", "release=NAME path=DIR out=DIR"),
     "sweep": Verb("what became of a sweep; run again what failed", "status|retry DIR", "what", many=True),
     "report": Verb("run folders -> one self-contained HTML page", "DIR...", "runs", many=True),
+    "wandb": Verb(
+        "the W&B workspace from code; log evaluations to W&B", "workspace|log DIR...", "what", many=True
+    ),
     "describe": Verb("sizes, work and memory of a configuration, without its weights", "backbone=NAME"),
     "bench": Verb("measure the speed of one part", "adapter", "bench"),
     "demo": Verb("all of the above on the tiny configuration", ""),
@@ -63,7 +66,7 @@ ALIASES = {"launcher": "hydra/launcher", "sweeper": "hydra/sweeper", "retrieval.
 # Keys whose values are prose: taken literally, never as numbers, lists or sweeps.
 TEXT_KEYS = frozenset({"prompt", "motion_prompt", "negative_prompt"})
 # Packages that only some choices need -> the extra of ours that brings them.
-EXTRAS = {"bitsandbytes": "8bit", "optuna": "sweep"}
+EXTRAS = {"bitsandbytes": "8bit", "optuna": "sweep", "wandb_workspaces": "wandb", "wandb": "wandb"}
 # Hydra's own options: those that take the next word as their value, and the others.
 OPTIONS_WITH_VALUE = frozenset(
     "--cfg -c --package -p --config-path -cp --config-name -cn --config-dir -cd --experimental-rerun".split()

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,8 +71,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     try:
         trainer = instantiate(
             cfg.trainer,
-            callbacks=[*callbacks, SaveWeights(weights, about)],
-            logger=[instantiate(logger) for logger in cfg.logger.values()],
+            callbacks=[*callbacks, SaveWeights(weights, about, _inputs(cfg, clips.db))],
+            logger=[made for logger in cfg.logger.values() if (made := instantiate(logger))],
             default_root_dir=str(run_dir),
         )
     except InstantiationException as error:
@@ -95,9 +96,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
         failed = 0
     finally:
-        if "wandb" in cfg.logger:  # or the next run of a sweep would be logged into this one
-            import wandb
-
+        if wandb := sys.modules.get("wandb"):  # or the next run of a sweep would be logged into this one
             wandb.finish(exit_code=failed)
     if not trainer.is_global_zero:  # the first process has written the results
         return {}
@@ -267,12 +266,23 @@ def _origin(cfg: DictConfig, db: RetrievalDatabase | None) -> dict[str, Any]:
     }
 
 
-def wandb_logger(save_dir: str, resume: str | bool | None = None, **options: Any) -> WandbLogger:
+def _inputs(cfg: DictConfig, db: RetrievalDatabase | None) -> dict[str, str | Path | None]:
+    """What the run is made from, for W&B's lineage."""
+    started = {"start": cfg.module.get("weights"), "cama": cfg.module.get("cama_weights")}
+    return {"database": db and db.path, "resampler": cfg.get("resampler_weights"), **started}
+
+
+def wandb_logger(save_dir: str, resume: str | bool | None = None, **options: Any) -> WandbLogger | None:
     """A W&B logger that needs no login: online only for users who are logged in; WANDB_MODE has the last word.
 
-    The run is named after its folder, which keeps its id: continued with `resume`, it stays one run.
+    The run is named after its folder, which keeps its id: continued with `resume`, it stays one run. Where the server
+    cannot be reached the run is kept offline, and where W&B is not installed there is no logger; both say so.
     """
-    import wandb
+    try:
+        import wandb
+    except ModuleNotFoundError:
+        print("W&B is not installed: numbers are kept in the run folder alone (logger=csv says no more of it)")
+        return None
     from lightning.pytorch.loggers import WandbLogger
 
     from motionrag.cli import launch
@@ -286,7 +296,17 @@ def wandb_logger(save_dir: str, resume: str | bool | None = None, **options: Any
     elif launch.rank() == 0:
         options["id"] = secrets.token_hex(4)
         write_text(kept, options["id"] + "\n")
-    return WandbLogger(save_dir=save_dir, name=Path(save_dir).name, offline=mode == "offline", **options)
+    options |= {"save_dir": save_dir, "name": Path(save_dir).name}
+    logger = WandbLogger(offline=mode == "offline", **options)
+    if mode == "online" and launch.rank() == 0:
+        try:
+            logger.experiment  # noqa: B018 (asks the server)
+        except wandb.Error as error:
+            reason = str(error).splitlines()[0]
+            print(f"W&B cannot be reached, the run is kept offline ({reason}); later: wandb sync {save_dir}/wandb/*")
+            os.environ["WANDB_MODE"] = "offline"
+            return WandbLogger(offline=True, **options)
+    return logger
 
 
 def make_motionworld(

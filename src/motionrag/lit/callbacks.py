@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from motionrag.checkpoint import save_weights, trainable_state
+from motionrag.checkpoint import resolve, save_weights, trainable_state
 from motionrag.data.batch import MotionBatch
 from motionrag.errors import MotionRAGError
+from motionrag.io import sha256
 from motionrag.lit.checkpoint_io import BackgroundCheckpointIO
 
 
@@ -53,10 +55,18 @@ class SkippedClips(L.Callback):
 
 
 class SaveWeights(L.Callback):
-    """Writes the trained weights when training ends; `about` goes into their manifest, and into every checkpoint."""
+    """Writes the trained weights when training ends, and tells W&B of them.
 
-    def __init__(self, path: str | Path, about: dict[str, Any]) -> None:
-        self.path, self.about = Path(path), about
+    Args:
+        path: of the weights.
+        about: goes into their manifest, and into every checkpoint.
+        inputs: what they are made from, as of `log_inputs`.
+    """
+
+    def __init__(
+        self, path: str | Path, about: dict[str, Any], inputs: Mapping[str, str | Path | None] | None = None
+    ) -> None:
+        self.path, self.about, self.inputs = Path(path), about, inputs or {}
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
@@ -72,6 +82,41 @@ class SaveWeights(L.Callback):
         metrics = {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
         about = self.about | {"steps": trainer.global_step, "metrics": metrics}
         save_weights(self.path, trainable_state(state), about)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                log_inputs(logger.experiment, self.inputs)
+                logger.experiment.log_artifact(_artifact("weights", self.path))
+
+
+def log_inputs(run: Any, inputs: Mapping[str, str | Path | None]) -> None:
+    """Tell a run of W&B what it was made from: role -> weights file, or the folder of a database; None is left out.
+
+    Checksums go into its configuration under `inputs`. Online the inputs become artifacts that it uses, the very ones
+    that the runs that made them logged; W&B keeps no such lineage of offline runs. Of a database the manifest is kept,
+    its features stay where they are.
+    """
+    found = {}
+    for role, place in inputs.items():
+        if place and (path := resolve(place)).exists():
+            found[role] = _artifact("database" if path.is_dir() else "weights", path)
+    run.config.update(
+        {"inputs": {role: artifact.name for role, artifact in found.items()}}, allow_val_change=True
+    )
+    for artifact in found.values() if not run.offline else ():
+        run.use_artifact(artifact)
+
+
+def _artifact(kind: str, path: Path) -> Any:
+    """Named by its checksum, so that equal things are one."""
+    import wandb
+
+    files = [path / "manifest.json"] if path.is_dir() else [path, path.with_suffix(".json")]
+    artifact = wandb.Artifact(
+        f"{path.resolve().stem}-{sha256(files[0])[:12]}", kind, metadata={"path": str(path.resolve())}
+    )
+    for file in filter(Path.is_file, files):
+        artifact.add_file(str(file), policy="immutable")  # not copied: nobody changes it
+    return artifact
 
 
 class Preemption(L.Callback):
