@@ -27,8 +27,8 @@ def sweep(tmp_path, monkeypatch):
     """Run `motionrag retrieve ... -m` with a verb that the test supplies; `sweep.seen` lists the configs it got."""
     conf = tmp_path / "conf"
     (conf / "hydra").mkdir(parents=True)
-    shipped = cli.conf_dir() / "hydra" / "default.yaml"
-    (conf / "hydra" / "default.yaml").write_text(shipped.read_text())
+    for name in ("hydra/default.yaml", "sweep.yaml"):
+        (conf / name).write_text((cli.conf_dir() / name).read_text())
     (conf / "retrieve.yaml").write_text(
         "defaults: [{hydra: default}, _self_]\nk: 9\nseed: 3\npath: a\nckpt_path: null\n"
     )
@@ -200,20 +200,27 @@ def test_states_of_slurm_jobs(started, tmp_path, monkeypatch):
     assert [started(job=f"7_{i}", pid=1) for i in range(3)] == ["running", "queued", "stopped"]
 
 
-def test_status_names_what_is_wrong(sweep, tmp_path, motionrag):
-    assert sweep("k=1,2") == 0
-    done = motionrag("sweep", "status", "S", "metric=score")
-    assert done.returncode == 0, done.stderr
-    assert [line.split()[:4] for line in done.stdout.splitlines()[1:3]] == [
-        ["k=1", "finished", "-", "0.5"],
-        ["k=2", "finished", "-", "1"],
-    ]
+def test_status_names_what_is_wrong(sweep, capsys):
+    def run(cfg):
+        if cfg.k == 2:
+            raise MotionRAGError("no such thing")
+        return {"summary": "ok", "steps": 7, "score": cfg.k / 2}
+
+    assert sweep("k=1,2", run=run) == 2
+    capsys.readouterr()
+    assert cli.main(["sweep", "status", "S", "metric=score"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["point", "state", "step", "score", "seconds", "log"]
+    logs = [str(sweep.folder / name / "retrieve.log") for name in ("k=1", "k=2")]
+    assert [lines[1][:4], lines[1][5]] == [["k=1", "finished", "7", "0.5"], logs[0]]
+    assert [lines[2][:4], lines[2][5]] == [["k=2", "failed", "-", "-"], logs[1]]
+    assert lines[3] == ["error:", "no", "such", "thing"]
     for words, expected in (
         (["status", "nothing"], "is no sweep"),
         (["show", "S"], "motionrag sweep retry DIR"),
     ):
-        done = motionrag("sweep", *words)
-        assert done.returncode == 2 and expected in done.stderr
+        assert cli.main(["sweep", *words]) == 2
+        assert expected in one_line(capsys)
 
 
 def test_points_at_the_same_time(sweep, tmp_path, motionrag):

@@ -30,15 +30,16 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]], metric: str) -> str:
-    """One line for each point, aligned."""
-    lines = [["point", "state", "step", metric, "seconds", "log or error"]]
+    """One line for each point, aligned; under a failed one its error."""
+    lines = [["point", "state", "step", metric, "seconds", "log"]]
     for row in rows:
         value = row["metrics"].get(metric)
         numbers = [row["step"], None if value is None else f"{value:.4g}", row["seconds"]]
         shown = ["-" if number is None else str(number) for number in numbers]
-        lines.append([row["name"], row["state"], *shown, row["error"] or row["log"] or "-"])
+        lines.append([row["name"], row["state"], *shown, row["log"] or "-"])
     widths = [max(len(line[i]) for line in lines) for i in range(5)]
-    return "\n".join(
-        "  ".join([*(word.ljust(width) for word, width in zip(line, widths, strict=False)), line[5]])
-        for line in lines
-    )
+    shown = []
+    for line, error in zip(lines, [None, *(row["error"] for row in rows)], strict=True):
+        shown.append("  ".join([*(w.ljust(width) for w, width in zip(line, widths, strict=False)), line[5]]))
+        shown += [f"  error: {error}"] if error else []
+    return "\n".join(shown)
