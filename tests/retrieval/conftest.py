@@ -29,8 +29,7 @@ def write_store(tmp_path):
     """Write a store of ``sizes`` clips per part; returns its folder and the features by id.
 
     Clips 0 and 1, 2 and 3, ... come from the same source when ``paired``; ids start with ``prefix``; ``extra``
-    gives a clip's further fields by its number; ``embeddings`` (n,W) are the captions', random if None;
-    ``resampler`` is the identity of the Resampler whose motion tokens the features are to be.
+    gives a clip's further fields by its number; ``embeddings`` (n,W) are the captions', random if None.
     """
 
     def write(
@@ -43,7 +42,6 @@ def write_store(tmp_path):
         embeddings=None,
         motion_encoder=None,
         precision="fp16",
-        resampler=None,
     ):
         rng, out, features, number = np.random.default_rng(seed), tmp_path / name, {}, 0
         write_json(
@@ -51,8 +49,7 @@ def write_store(tmp_path):
             {
                 "shards": [{"file": f"clips-{part}.tar"} for part in range(len(sizes))],
                 "encoders": {role: FakeEncoder().identity for role in ("motion", "appearance", "caption")}
-                | ({"motion": motion_encoder} if motion_encoder else {})
-                | ({"resampler": resampler} if resampler else {}),
+                | ({"motion": motion_encoder} if motion_encoder else {}),
                 "sampling": {},
             },
         )

@@ -90,7 +90,8 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
     from motionrag.evaluation.split import read_split
     from motionrag.metrics.batch import ClipBatch
     from motionrag.modules.fusion import Fusion
-    from motionrag.retrieval.database import RetrievalDatabase, check_depth
+    from motionrag.retrieval.database import check_depth
+    from motionrag.retrieval.group import open_database
 
     conditions, seeds = list(cfg.conditions), [int(seed) for seed in cfg.seeds]
     unknown = [c for c in conditions if c not in CONDITIONS]
@@ -106,7 +107,7 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
         instantiate(node)
     check_inputs(cfg)
     total = batches(cfg)
-    db = RetrievalDatabase(str(cfg.db))
+    db = open_database(cfg.db)
     check_depth(db, int(cfg.k))
     metrics = load_metrics(cfg)
     model = build(cfg)

@@ -46,7 +46,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from motionrag.data.video import read_clip, write_mp4
     from motionrag.errors import MotionRAGError
     from motionrag.generate import fit, read_image, to_float, to_uint8
-    from motionrag.retrieval.database import RetrievalDatabase, check_depth
+    from motionrag.retrieval.database import check_depth
+    from motionrag.retrieval.group import open_database
 
     if cfg.db and cfg.references:
         raise MotionRAGError(
@@ -56,7 +57,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if out.is_dir():
         raise MotionRAGError(f"out={out} is a folder: give the name of an mp4 file")
     picture = read_image(str(cfg.image))
-    db = RetrievalDatabase(str(cfg.db)) if cfg.db else None
+    db = open_database(cfg.db) if cfg.db else None
     if db:
         check_depth(db, int(cfg.k))  # before any network is loaded
     model = build(cfg)
