@@ -1,4 +1,4 @@
-"""Real Slurm on one machine: a sweep as a job array, a failing job, two tasks in one run, preemption.
+"""Real Slurm, two nodes on one machine: a sweep as a job array, a failing job, one run over both nodes, preemption.
 
 Needs root and Debian's slurm-wlm and munge; where they are missing the tests are skipped and say so.
 """
@@ -36,7 +36,8 @@ def cluster(tmp_path_factory):
     script = Path(__file__).parent / "cluster.sh"
     subprocess.run([script, "up", folder], check=True)
     try:
-        yield {"SLURM_CONF": str(folder / "slurm.conf")}
+        # elsewhere the nodes' names can be looked up
+        yield {"SLURM_CONF": str(folder / "slurm.conf"), "MASTER_ADDR": "127.0.0.1"}
     finally:
         subprocess.run([script, "down", folder], check=True)
 
@@ -107,7 +108,7 @@ def test_a_job_array_in_which_one_job_fails(cluster, data, motionrag, tmp_path):
     assert (tmp_path / "S/ckpt_path=null/results.json").stat().st_mtime_ns == before
 
 
-def test_a_preempted_run_of_two_tasks_continues(cluster, data, tmp_path):
+def test_a_preempted_run_on_two_nodes_continues(cluster, data, tmp_path):
     words = [*data["smoke"], "trainer=ddp_cpu", f"trainer.max_steps={STEPS}", "data.batch_size=2"]
     words += [f"trainer.val_check_interval={STEPS}", f"callbacks.last.every_n_train_steps={STEPS}"]
     train.run(config(*words, f"run_dir={tmp_path}/whole"))
@@ -117,7 +118,7 @@ def test_a_preempted_run_of_two_tasks_continues(cluster, data, tmp_path):
     environment = {**os.environ, **cluster, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "motionrag.cli", "train", *words]
     sweep = subprocess.Popen(
-        [*command, "launcher=slurm", "hydra.sweep.dir=S"],
+        [*command, "launcher=slurm", "trainer.devices=1", "trainer.num_nodes=2", "hydra.sweep.dir=S"],
         cwd=tmp_path,
         env=environment,
         stdout=subprocess.PIPE,
@@ -127,7 +128,9 @@ def test_a_preempted_run_of_two_tasks_continues(cluster, data, tmp_path):
     (run,) = [tmp_path / "S" / "point"]
     try:
         wait(lambda: len(losses(run)) >= 3, sweep)
-        hold = ["sbatch", "--partition=hi", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 1"]
+        nodes = ["squeue", "--me", "--noheader", "--states=RUNNING", "--format=%N"]
+        assert subprocess.run(nodes, env=environment, capture_output=True, text=True).stdout == "node[1-2]\n"
+        hold = ["sbatch", "--partition=hi", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
         subprocess.run(hold, env=environment, check=True, capture_output=True)
         out, _ = sweep.communicate(timeout=900)
     finally:
