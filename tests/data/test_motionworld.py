@@ -23,7 +23,7 @@ from motionrag.data.motionworld import (
 from motionrag.data.shards import ShardIndex, pack, read_shard
 from motionrag.data.video import read_clip
 
-DOMAINS = {"known": 46, "compound": 600, "new": 14}  # and how many motions each has
+DOMAINS = {"known": 46, "compound": 600, "curve": 1000, "new": 14}  # and how many motions each has
 EVEN = dict.fromkeys(DOMAINS, 1.0)
 
 seeds = st.integers(0, 2**32 - 1)
@@ -65,7 +65,7 @@ def test_every_motion_has_words_for_training_and_others_for_testing():
     assert not trained & tested
 
 
-@pytest.mark.parametrize("other", ["known", "compound"])
+@pytest.mark.parametrize("other", ["known", "compound", "curve"])
 def test_no_words_of_new_motions_are_used_elsewhere(other):
     def words(domain):
         return phrases(domain, False) | phrases(domain, True)

@@ -1,4 +1,4 @@
-"""The motions of MotionWorld: paths with random parameters, and the words for them, in three domains."""
+"""The motions of MotionWorld: paths with random parameters, and the words for them, in four domains."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -407,7 +407,59 @@ def _compound(count: int = 600, seed: int = 0) -> Iterator[Motion]:
         )
 
 
+def _wave(rng: np.random.Generator, harmonics: int) -> Callable[[np.ndarray], np.ndarray]:
+    """A random smooth function of t in [0, 1] that starts at 0."""
+    order = np.arange(1, harmonics + 1)
+    odd, even = rng.normal(size=(2, harmonics)) / order
+    return lambda t: (
+        np.sin(np.pi * np.outer(t, order)) @ odd + (1 - np.cos(np.pi * np.outer(t, order))) @ even
+    )
+
+
+def _curve(x, y, turn, grow, low=0.3, high=0.52) -> Path4:
+    """The curve (x, y) at random size and nearly upright; `turn` and `grow` as they are."""
+
+    def path(t, rng):
+        points = np.stack([x(t), y(t)])
+        points *= rng.uniform(low, high) / np.ptp(points, axis=1).max()
+        lean = rng.uniform(-0.25, 0.25)
+        dx, dy = np.array([[np.cos(lean), -np.sin(lean)], [np.sin(lean), np.cos(lean)]]) @ points
+        strength = rng.uniform(0.8, 1.2)
+        return _track(t, dx, dy, strength * turn(t), strength * grow(t))
+
+    return path
+
+
+def _scaled(wave: Callable[[np.ndarray], np.ndarray], most: float) -> Callable[[np.ndarray], np.ndarray]:
+    largest = np.abs(wave(np.linspace(0, 1, 33))).max()
+    return lambda t: wave(t) * (most / largest)
+
+
+def _curves(count: int = 1000, seed: int = 1) -> Iterator[Motion]:
+    """Random smooth curves, half of them turning or changing size: what teaches encoders to follow any path at all."""
+    rng = np.random.default_rng(seed)
+    unit = {k: np.divide(d, math.hypot(*d)) for k, d in _DIRECTIONS.items()}
+    for number in range(count):
+        x, y, turn, grow, extra = _wave(rng, 3), _wave(rng, 3), np.zeros_like, np.zeros_like, []
+        if rng.random() < 0.35:
+            turn = _scaled(_wave(rng, 2), rng.uniform(0.8, 6.0))
+            extra.append("turning clockwise" if turn(np.ones(1))[0] > 0 else "turning counterclockwise")
+        if rng.random() < 0.25:
+            grow = _scaled(_wave(rng, 2), rng.uniform(0.3, 0.5))
+            extra.append("growing" if grow(np.ones(1))[0] > 0 else "shrinking")
+        thirds = np.diff(np.stack([x(np.linspace(0, 1, 4)), y(np.linspace(0, 1, 4))], axis=1), axis=0)
+        keys = [max(unit, key=lambda k: float(unit[k] @ step)) for step in thirds]
+        keys = [k for i, k in enumerate(keys) if not i or k != keys[i - 1]]
+        words = [", then ".join(_WORDS[k][i] for k in keys) for i in (0, 1)]
+        tail = f" while {' and '.join(extra)}" if extra else ""
+        yield Motion(
+            f"curve {number}", "curve", _curve(x, y, turn, grow),
+            tuple(f"{p}{tail}" for p in (f"curves {words[0]}", f"bends {words[1]}", f"winds {words[0]}")),
+            tuple(f"{p}{tail}" for p in (f"swerves {words[1]}", f"meanders {words[0]}")), "moves",
+        )  # fmt: skip
+
+
 @cache
 def motions(domain: str) -> tuple[Motion, ...]:
-    """All motions of a domain: `known`, `compound` or `new`. Raises KeyError for another name."""
-    return tuple({"known": _known, "compound": _compound, "new": _new}[domain]())
+    """All motions of a domain: `known`, `compound`, `curve` or `new`. Raises KeyError for another name."""
+    return tuple({"known": _known, "compound": _compound, "curve": _curves, "new": _new}[domain]())

@@ -2,8 +2,8 @@
 
 A two-coloured object performs a motion with continuous parameters. What it looks like, where it starts and how it
 moves are drawn independently, so the first frame says little about the motion; only the caption, or a reference clip,
-does. Three domains: `known` (named motions), `compound` (random combinations with generated phrases) and `new` (named
-motions that no shipped network was trained on). Every motion has paraphrases for training and others for testing.
+does. Four domains: `known` (named motions), `compound` (random combinations) and `curve` (random smooth curves), both with
+generated phrases, and `new` (named motions that no shipped network was trained on). Every motion has paraphrases for training and others for testing.
 
 Everything follows from integer seeds: the same arguments give the same frames, captions and (with the same x264) files.
 """
@@ -166,7 +166,7 @@ def make_dataset(
         out: folder; its table is replaced if it is there.
         n: number of clips.
         seed: the same seed and arguments give the same clips.
-        domains: weights of `known`, `compound`, `new`; default only `known`.
+        domains: weights of `known`, `compound`, `curve`, `new`; default only `known`.
         frames, size, fps: clip length, side in pixels, frame rate.
         held_out: use the paraphrases kept for testing.
         prefix: start of every clip id.
