@@ -166,6 +166,15 @@ def test_torchscripts_that_do_not_fit(script, tmp_path):
         TorchScriptVideo(path)(torch.zeros(1, 2, 3, 8, 8))
 
 
+def test_no_memory_is_not_called_a_matter_of_shapes(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(extractors, "_torchscript", lambda *_: full)
+    with pytest.raises(torch.OutOfMemoryError):
+        extractors._call("i3d.pt", "cpu", torch.zeros(1))
+
+
 def test_too_few_frames():
     one = torch.zeros(1, 1, 3, 16, 16)
     with pytest.raises(MotionRAGError, match="optical flow needs clips of at least 2 frames, got 1"):

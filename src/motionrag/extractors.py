@@ -313,11 +313,13 @@ def _torchscript(path: str, device: str) -> torch.jit.ScriptModule:
 def _call(path: str, device: str, *inputs: Tensor, **options: bool) -> Any:
     try:
         return _torchscript(path, device)(*inputs, **options)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise MotionRAGError(
-            f"{path}: refused an input of {shapes} ({str(error).strip().splitlines()[-1]}); I3D needs clips of about "
-            "16 frames, and the switches of the call must be those the script has"
+            f"{path}: refused an input of {shapes} ({str(error).strip().splitlines()[-1]}); if that is a matter of "
+            "shapes: I3D needs clips of about 16 frames, and the switches of the call must be those the script has"
         ) from error
 
 

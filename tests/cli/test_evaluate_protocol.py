@@ -15,8 +15,10 @@ from hydra.core.global_hydra import GlobalHydra
 from motionrag import cli
 from motionrag.cli.evaluate import changes
 from motionrag.cli.train import make_motionworld
-from motionrag.data.video import write_mp4
+from motionrag.data.shards import ClipRecord
+from motionrag.data.video import read_clip, write_mp4
 from motionrag.errors import MotionRAGError
+from motionrag.evaluation import split
 from motionrag.evaluation.conditions import Generation
 from motionrag.evaluation.folders import open_folders
 from motionrag.evaluation.gallery import Gallery, VBench
@@ -198,10 +200,10 @@ def test_seeds_table_and_vbench(run, world, random_models, tmp_path):
 
 @pytest.fixture
 def folders(tmp_path):
-    """made/ and real/: clips a and b, five frames each, and prompts.csv."""
+    """made/ and real/: clips a and b, five frames each at 8 and 12 frames per second, and prompts.csv."""
     frames = np.random.default_rng(0).integers(0, 255, (4, 5, 24, 32, 3), dtype=np.uint8)
     for i, name in enumerate(("made/a", "made/b", "real/a", "real/b")):
-        write_mp4(tmp_path / f"{name}.mp4", frames[i], 8)
+        write_mp4(tmp_path / f"{name}.mp4", frames[i], 12 if name.endswith("b") else 8)
     (tmp_path / "prompts.csv").write_text("video,caption,domain\na.mp4,a runs,one\nx/b.mp4,b sits,two\n")
     return tmp_path
 
@@ -216,6 +218,9 @@ def test_videos_by_anyone(run, folders):
     assert table["theirs"]["one"]["trajectory_error"] > 0
     assert [clip["prompt"] for clip in read("clips.json")] == ["a runs", "b sits"]
     assert (folders / "scores/vbench/theirs/videos/a runs-0.mp4").is_file()
+    written = [*(folders / "scores/vbench").rglob("*.mp4"), *(folders / "scores/clips").glob("*.mp4")]
+    rates = {read_clip(path).fps for path in written}
+    assert {round(rate) for rate in rates} == {8, 12}
     assert [row["rows"].keys() for row in read("table.json")] == [{"ours", "theirs", "difference"}] * 2
     assert "(2 clips) -> scores" in out
     assert run("clips=made", "truth=real", *WITHOUT_MODELS)[0] == 0
@@ -274,6 +279,11 @@ def _no_column(folder):
     return r"no column video; it has id, caption"
 
 
+def _two_rows(folder):
+    (folder / "prompts.csv").write_text("video,caption\na.mp4,a runs\nb.mp4,b sits\nx/a.avi,a walks\n")
+    return r"1 clips have several rows \(a\); keep one of each"
+
+
 def _no_table(folder):
     (folder / "prompts.csv").unlink()
     return r"prompts=.*: no such file"
@@ -291,6 +301,7 @@ def _no_table(folder):
         _empty,
         _no_caption,
         _no_column,
+        _two_rows,
         _no_table,
     ],
 )
@@ -369,6 +380,33 @@ def test_a_failed_metric_fails_the_run_or_is_left_out():
         Scores(Metrics({"broken": Broken}, "warn")).add("backbone", "all", 0, batch("a"))
     with pytest.raises(MotionRAGError, match="metric_errors=no: choose fail or warn"):
         Metrics(makers(), "no")
+
+
+def test_a_metric_that_fails_late_leaves_no_values():
+    class Late(ActionScore):
+        def compute(self):
+            if calls.append(self) or len(calls) == 2:
+                raise MotionRAGError("Late: no more")
+            return super().compute()
+
+    calls, scores = [], Scores(Metrics(makers(late=lambda: Late(extractor=features)), "warn"), resamples=0)
+    for condition in ("backbone", "motionrag"):
+        scores.add(condition, "all", 0, batch("a"))
+    spread = scores.spread()
+    assert len(calls) == 2 and spread["backbone"]["all"].keys() == {"action_score"}
+    scores.metrics.failed["action_score"] = "since"
+    assert scores.left(spread) == {"backbone": {"all": {}}, "motionrag": {"all": {}}}
+
+
+def test_test_clips_that_are_not_whole_are_told(monkeypatch):
+    record = ClipRecord("a", "a.mp4", "", "", "a", 8.0, 2, 8, 8, 0.2)
+    clip = SimpleNamespace(frames=np.zeros((2, 8, 8, 3), np.uint8), note="3 of 9 frames repeat the last one")
+    monkeypatch.setattr(split, "ShardIndex", SimpleNamespace(open=lambda _: SimpleNamespace(files=["x"])))
+    monkeypatch.setattr(split, "read_shard", lambda _: [(record, b"")])
+    monkeypatch.setattr(split, "read_clip", lambda *_, **__: clip)
+    backbone = SimpleNamespace(frames=2, height=8, width=8, fps=8)
+    (clips,) = split.read_split("shards", backbone, None, 4)
+    assert clips.notes == ["a: 3 of 9 frames repeat the last one"]
 
 
 def test_frames_that_are_not_numbers_name_the_clip():

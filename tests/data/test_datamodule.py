@@ -1,6 +1,7 @@
 """The stream of training clips: order, resuming, ranks, splits, unreadable clips."""
 
 import itertools
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -206,6 +207,14 @@ def test_clips_are_read_from_their_place_in_the_tar(shards):
         assert clip["captions"]
     with pytest.raises(MotionRAGError, match="no column 'colour', only"):
         clips.split("colour")
+
+
+def test_kept_clips_are_decoded_once_and_can_go_to_a_spawned_worker(shards, monkeypatch):
+    clips = ShardClips(shards / "shards", frames=9, height=32, width=32, fps=8, keep=True)
+    video = clips.read(1)["video"]
+    clips = pickle.loads(pickle.dumps(clips))
+    monkeypatch.setattr(clips.stream, "read", None)
+    assert torch.equal(clips.read(1)["video"], video)
 
 
 def test_pixels_cover_the_size_and_are_cropped_in_the_middle():

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from motionrag.data import members
 from motionrag.data.shards import ClipRecord, ShardIndex, pack, read_shard
 from motionrag.data.sources import read_table
 from motionrag.data.video import read_clip, write_mp4
@@ -450,3 +451,10 @@ def test_an_excluded_table_that_matches_nothing_is_told(videos, table, tmp_path)
     exclude = table([{"video": "elsewhere/clip0.mp4"}], "test.csv")
     index = pack(table(good(2)), videos, tmp_path / "out", exclude=exclude)
     assert index["left_out"] == {"source video in the excluded table": 0}
+
+
+def test_a_clip_without_its_json_is_told(tmp_path):
+    with tarfile.open(tmp_path / "clips-000000.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("a.mp4"))
+    with pytest.raises(MotionRAGError, match=r"clips-000000.tar: a.mp4 has no JSON: pack the clips again"):
+        list(members.members(tmp_path / "clips-000000.tar"))

@@ -211,6 +211,18 @@ def test_one_name_in_several_places(clips, tmp_path):
         VideoFolder(tmp_path).find("same.mp4")
 
 
+def test_linked_folders_are_searched_once_even_in_circles(clips, tmp_path):
+    videos, here = tmp_path / "disk", tmp_path / "here"
+    (videos / "part").mkdir(parents=True)
+    here.mkdir()
+    shutil.copy(clips / NAMES[0], videos / "part/one.mp4")
+    (here / "a").symlink_to(videos)
+    (here / "b").symlink_to(videos)
+    (videos / "part/back").symlink_to(here)
+    found = VideoFolder(here, by_name=True).find("one.mp4")
+    assert found.read() == (clips / NAMES[0]).read_bytes()
+
+
 def test_a_flipped_byte_in_an_archive_is_told_by_name(openvid, tmp_path):
     path = openvid / "OpenVid_part0.zip"
     data = bytearray(path.read_bytes())

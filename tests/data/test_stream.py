@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections import Counter, defaultdict
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -160,6 +161,22 @@ def test_what_cannot_be_reached_is_named(server, tmp_path, folder):
     server.faults.clear()
     with pytest.raises(MotionRAGError, match="packed without clips.arrow"):
         Shards(server.url, **options)
+
+
+def test_a_command_ends_with_what_interrupts_it(tmp_path, monkeypatch):
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def wait(self, timeout=None):
+            if self not in started:
+                started.append(self)
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Shards("pipe:sleep 60", cache=tmp_path)
+    assert started[0].returncode == -signal.SIGKILL
 
 
 # --- shards that fail ----------------------------------------------------------------------------------------------

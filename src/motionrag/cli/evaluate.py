@@ -54,6 +54,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     result = {"spread": scores.spread(), "differences": scores.differences(), "seconds": scores.seconds()}
     result = {"conditions": scores.table(), "settings": settings, "labels": LABELS, **result}
+    result |= {name: scores.left(result[name]) for name in ("spread", "differences")}
     result["notes"] = [*cfg.notes, *notes, *changes(cfg)]
     result["notes"] += [f"without {name}, which failed: {why}" for name, why in scores.metrics.failed.items()]
     per_clip = scores.per_clip()
@@ -119,7 +120,7 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
     scores, gallery = Scores(metrics, int(cfg.resamples)), Gallery(out, fps, int(cfg.save_clips), db)
     vbench = VBench(out, fps) if cfg.export_vbench else None
 
-    count = 0
+    count, read_notes = 0, []
     split = read_split(str(cfg.shards), model.backbone, cfg.limit, int(cfg.batch_size))
     for clips in track(split, description="evaluating", total=total):
         if not count:
@@ -145,12 +146,15 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
                 if vbench:
                     vbench.add(condition, seeds.index(seed), clips.records, clips.truth[:, 0], video)
         count += len(clips.records)
+        read_notes += clips.notes
     if vbench:
         vbench.write()
     settings = {"k": int(cfg.k), **sampling, "seeds": seeds}
     settings |= {"backbone": model.backbone.name, "database": f"{len(db)} clips", "test clips": count}
     settings |= {"protocol": str(cfg.protocol)} if cfg.protocol else {}
     notes = [RANDOM_WEIGHTS.format(model.backbone.name)] if model.backbone.random_weights else []
+    if read_notes:
+        notes.append(f"{len(read_notes)} of {count} test clips are not whole, the first: {read_notes[0]}")
     return scores, gallery, settings, notes
 
 
@@ -176,6 +180,8 @@ def score_folders(cfg: DictConfig, out: Path) -> Work:
         videos, truth, fps = folders.read(clip_id)
         gallery = gallery or Gallery(out, fps, int(cfg.save_clips))
         vbench = vbench or (VBench(out, fps) if cfg.export_vbench else None)
+        for writer in filter(None, (gallery, vbench)):
+            writer.fps = fps  # each clip's own
         prompt, domain = folders.prompts.get(clip_id), folders.domains[clip_id]
         record = {"id": clip_id, "domain": domain, "caption": prompt or clip_id, "motion_caption": ""}
         batch = ClipBatch(

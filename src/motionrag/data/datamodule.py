@@ -8,7 +8,6 @@ import ctypes
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,7 +110,7 @@ class ShardClips:
                     f"{len(absent)} of {len(self.ids)} clips in {shards} are not in the database {db}, "
                     f"e.g. {min(absent)}: encode these shards into it"
                 )
-        self._read = lru_cache(maxsize=None)(self._decode) if keep else self._decode
+        self._kept: dict[tuple[int, float | None], Tensor] | None = {} if keep else None
 
     def split(self, column: str) -> list[str]:
         """Each clip's value in a column of the packed table."""
@@ -123,7 +122,7 @@ class ShardClips:
         record = catalog.record(self.table, index)
         clip = {"clip_id": record["id"], "captions": record["caption"]}
         if self.made_by is None:
-            clip["video"] = self._read(index, rate)
+            clip["video"] = self._video(index, rate)
         else:
             clip |= safetensors.torch.load(self.stream.read(index))
         if rate is not None:
@@ -131,6 +130,13 @@ class ShardClips:
         if self.db is not None and "target_motion" not in clip:
             clip["target_motion"] = self.db.motion_features([record["id"]])[0]
         return clip
+
+    def _video(self, index: int, fps: float | None) -> Tensor:
+        if self._kept is None:
+            return self._decode(index, fps)
+        if (index, fps) not in self._kept:
+            self._kept[index, fps] = self._decode(index, fps)
+        return self._kept[index, fps]
 
     def _decode(self, index: int, fps: float | None) -> Tensor:
         record = catalog.record(self.table, index)

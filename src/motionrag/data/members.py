@@ -54,6 +54,8 @@ def members(shard: Path, checksums: bool = False) -> Iterator[dict[str, Any]]:
                     data[key]["sha256"] = hashlib.file_digest(tar.extractfile(info), "sha256").hexdigest()
     except (tarfile.TarError, OSError, ValueError, TypeError) as error:
         raise MotionRAGError(f"shard {shard} cannot be read ({error}): pack the clips again") from error
+    for key in data.keys() - records.keys():
+        raise MotionRAGError(f"shard {shard}: {data[key]['member']} has no JSON: pack the clips again")
     for key, record in records.items():
         if key not in data:
             raise MotionRAGError(f"shard {shard}: clip {record.id} has no video: pack the clips again")

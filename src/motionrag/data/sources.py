@@ -274,8 +274,13 @@ class VideoFolder:
 
     def _list(self) -> None:
         archives: dict[str, list[str]] = {}
-        for root, folders, files in os.walk(self.folder):
-            folders.sort()
+        seen = {os.path.realpath(self.folder)}
+        for root, folders, files in os.walk(self.folder, followlinks=True):
+            real = {name: os.path.realpath(os.path.join(root, name)) for name in sorted(folders)}
+            folders[:] = [
+                name for name, place in real.items() if place not in seen
+            ]  # links may lead in circles
+            seen.update(real.values())
             for name in sorted(files):
                 path = os.path.join(root, name)
                 part = _PART.fullmatch(name)

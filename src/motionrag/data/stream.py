@@ -200,17 +200,20 @@ class Shards:
         with path.open("wb") as out, tempfile.TemporaryFile() as said:
             process = subprocess.Popen(command, shell=True, stdout=out, stderr=said, start_new_session=True)
             before = -1
-            while True:
-                try:
-                    code = process.wait(self.timeout)
-                    break
-                except subprocess.TimeoutExpired:
-                    size = path.stat().st_size
-                    if size == before or not size:
-                        os.killpg(process.pid, signal.SIGKILL)
-                        process.wait()
-                        raise TimeoutError(f"nothing came for {self.timeout:g} s") from None
-                    before = size
+            try:
+                while True:
+                    try:
+                        code = process.wait(self.timeout)
+                        break
+                    except subprocess.TimeoutExpired:
+                        size = path.stat().st_size
+                        if size == before or not size:
+                            raise TimeoutError(f"nothing came for {self.timeout:g} s") from None
+                        before = size
+            finally:
+                if process.poll() is None:  # silent, or this process was interrupted
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
             if code:
                 said.seek(0)
                 words = said.read().decode(errors="replace").strip()

@@ -134,7 +134,12 @@ def _read_prompts(path: Path, ids: Sequence[str]) -> dict[str, dict[str, str]]:
         raise MotionRAGError(
             f"prompts={path}: no column {', '.join(missing)}; it has {', '.join(rows)}, expected video, caption"
         )
-    table = {Path(row["video"]).stem: row for row in rows.to_dict("records")}
+    names = rows["video"].map(lambda video: Path(video).stem)
+    if twice := sorted(set(names[names.duplicated()]) & set(ids)):
+        raise MotionRAGError(
+            f"prompts={path}: {len(twice)} clips have several rows ({_some(twice)}); keep one of each"
+        )
+    table = dict(zip(names, rows.to_dict("records"), strict=True))
     if lacking := [clip_id for clip_id in ids if not table.get(clip_id, {}).get("caption")]:
         raise MotionRAGError(
             f"prompts={path}: no caption for {len(lacking)} clips ({_some(lacking)}); add them"

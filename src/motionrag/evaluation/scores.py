@@ -173,7 +173,17 @@ class Scores:
                 row[name] |= self._interval(
                     name, interval, [found], self.resamples if resamples is None else 0
                 )
-        return out
+        return self.left(out)
+
+    def left(self, found: Mapping[str, Mapping[str, Mapping[str, T]]]) -> dict[str, dict[str, dict[str, T]]]:
+        """condition -> domain -> metric -> value, without the metrics that have failed, maybe since it was made."""
+        return {
+            condition: {
+                domain: {name: value for name, value in row.items() if name not in self.metrics.failed}
+                for domain, row in domains.items()
+            }
+            for condition, domains in found.items()
+        }
 
     def differences(self) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
         """condition -> domain -> metric -> `value` minus the first condition's, paired by clip, and its `interval`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class TestClips:
 
     records: what the shards say about each (id, caption, motion_caption, source, action, ..., metadata).
     truth: the clips themselves, (B, T, 3, H, W) in [-1, 1], at the backbone's size and rate.
+    notes: "id: note" of clips that are damaged or too short, of which frames repeat.
     """
 
     __test__ = False  # no test case, whatever pytest thinks of the name
@@ -30,6 +31,7 @@ class TestClips:
     domain: str
     records: list[dict[str, Any]]
     truth: Tensor
+    notes: list[str] = field(default_factory=list)
 
     @property
     def ids(self) -> list[str]:
@@ -48,7 +50,7 @@ def read_split(
     limit: clips of each domain; None: all. Only a batch is ever in memory. Raises MotionRAGError if the folder holds
     no shards or no clip, or a clip cannot be read.
     """
-    waiting: dict[str, list[tuple[ClipRecord, Tensor]]] = {}
+    waiting: dict[str, list[tuple[ClipRecord, Tensor, str]]] = {}
     counts: dict[str, int] = {}
     for file in ShardIndex.open(shards).files:
         for record, data in read_shard(file):
@@ -58,7 +60,7 @@ def read_split(
             counts[domain] = counts.get(domain, 0) + 1
             clip = read_clip(data, record.start_sec, record.end_sec, frames=backbone.frames, fps=backbone.fps)
             video = fit(to_float(clip.frames), backbone.height, backbone.width)
-            waiting.setdefault(domain, []).append((record, video))
+            waiting.setdefault(domain, []).append((record, video, clip.note))
             if len(waiting[domain]) == batch_size:
                 yield _batch(domain, waiting[domain])
                 waiting[domain] = []
@@ -69,6 +71,7 @@ def read_split(
             yield _batch(domain, rest)
 
 
-def _batch(domain: str, clips: list[tuple[ClipRecord, Tensor]]) -> TestClips:
-    records = [{**asdict(record), "domain": domain} for record, _ in clips]
-    return TestClips(domain, records, torch.stack([video for _, video in clips]))
+def _batch(domain: str, clips: list[tuple[ClipRecord, Tensor, str]]) -> TestClips:
+    records = [{**asdict(record), "domain": domain} for record, *_ in clips]
+    notes = [f"{record.id}: {note}" for record, _, note in clips if note]
+    return TestClips(domain, records, torch.stack([video for _, video, _ in clips]), notes)
