@@ -32,7 +32,7 @@ demo: venv ## the whole pipeline on synthetic clips; leaves outputs/demo/report.
 	@echo "Open outputs/demo/report.html in a browser (one file, works offline)."
 
 test: venv ## run the tests, two at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: venv ## check style and formatting
 	$(BIN)/ruff check .

@@ -113,6 +113,18 @@ def random_models(tmp_path_factory, random_encoders) -> list[str]:
     ]
 
 
+# What takes longest starts first, so that at the end no process waits for another's long file.
+LONGEST = (
+    "slurm/test_slurm.py", "test_plugin.py", "lit/test_sharding.py", "backbones/test_contract.py", "cli/test_evaluate_protocol.py",
+    "cli/test_generate_evaluate_demo.py", "lit/test_resume.py", "lit/test_train.py", "test_sweeps.py", "lit/test_determinism.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items) -> None:
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 # Errors of the parity cases reach this file from whichever process ran them.
 PARITY = Path(os.environ.get("MOTIONRAG_PARITY_DIR", ROOT / ".." / "shared" / "parity"))
 worst: dict[str, list] = {}  # case -> worst error / tolerance, and the output it belongs to
