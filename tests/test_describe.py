@@ -235,6 +235,16 @@ def test_gradient_checkpointing_trades_work_for_memory(costs):
     assert 0.3 * forward < step["recomputed_flops"] <= forward
 
 
+def test_counting_work_holds_on_to_nothing_that_memory_is_measured_of():
+    c = configuration("dynamicrafter_tiny")
+    c.adapter.attach(c.backbone.adapter_sites())
+    try:
+        peaks = describe.stage_one(c)["peak_bytes"]
+    finally:
+        c.adapter.detach()
+    assert peaks["gradient checkpointing"] < 0.9 * peaks["plain"]
+
+
 def test_everything_is_left_as_it_was(tiny, costs):
     assert not tiny.adapter.attached
     assert all(p.requires_grad for module in tiny.trained().values() for p in module.parameters())
