@@ -47,9 +47,19 @@ def verb(name: str, *overrides: str) -> dict[str, Any]:
     return importlib.import_module(f"motionrag.cli.{name}").run(cfg)
 
 
+def weights_hash(*parts: str) -> Any:
+    """Hash of all files that ship under WEIGHTS/tiny, or of those in some folders of it."""
+    key = hashlib.sha256()
+    for folder in [WEIGHTS / "tiny" / part for part in parts] or [WEIGHTS]:
+        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+            key.update(file.read_bytes())
+    return key
+
+
 def world(db_clips: int, test_clips: int, seed: int) -> tuple[Path, Path]:
-    """Retrieval database and packed test split of MotionWorld; made once for each size and seed."""
-    root = OUTPUTS / f"world-{db_clips}-{test_clips}-{seed}"
+    """Retrieval database and packed test split of MotionWorld; made once for each size, seed and pair of encoders."""
+    encoders = weights_hash("videomae", "dinov2").hexdigest()[:8]
+    root = OUTPUTS / f"world-{db_clips}-{test_clips}-{seed}-{encoders}"
     db, shards, done = root / "db", root / "test" / "shards", root / "done"
     if not done.exists():
         make_dataset(root / "world", db_clips, seed + 1, {"known": 46.0, "new": 14.0})
@@ -68,9 +78,8 @@ def world(db_clips: int, test_clips: int, seed: int) -> tuple[Path, Path]:
 def run_arm(world_spec: dict[str, int], overrides: list[str]) -> Path:
     """The folder of one evaluation, which is run unless it was already with these weights."""
     recipe = {"world": world_spec, "overrides": overrides}
-    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
-    for file in sorted(p for p in WEIGHTS.rglob("*") if p.is_file()):
-        key.update(file.read_bytes())
+    key = weights_hash()
+    key.update(json.dumps(recipe, sort_keys=True).encode())
     out = OUTPUTS / "runs" / key.hexdigest()[:16]
     if not (out / "metrics.json").exists():
         db, shards = world(**world_spec)
