@@ -26,11 +26,13 @@ MAY_IMPORT = {
     "release": {"modules", "backbones", "checkpoint"},
     "describe": {"modules", "encoders", "backbones", "release"},
     "provenance": set(),
-    "report": set(),
+    "page": set(),
+    "comparison": {"page", "sweeps"},
+    "report": {"page", "comparison"},
     "search": set(),
     "sweeps": set(),
     "generate": {"modules", "encoders", "backbones", "retrieval", "checkpoint", "data.video", "data.batch"},
-    "evaluation": {"modules", "metrics", "report", "backbones", "retrieval", "data", "generate"},
+    "evaluation": {"modules", "metrics", "report", "page", "backbones", "retrieval", "data", "generate"},
     "plugin": {"modules", "encoders", "backbones", "retrieval", "checkpoint", "data.video", "generate"},
 }
 FREE = {"cli", "bench"}  # they put everything together

@@ -167,8 +167,7 @@ def write_table(folder: Path) -> list[dict[str, Any]]:
     for planned in sweep["points"]:
         run = folder / planned["name"]
         info = _read(run / "state.json") or {"state": "queued" if waiting else "waiting"}
-        results = _read(run / "results.json") if info["state"] in DONE else None
-        step, metrics = _outcome(results) if results is not None else _progress(run)
+        step, metrics = measured(run, info["state"] in DONE)
         logs = sorted(run.glob("*.log"))
         rows.append(
             {
@@ -220,6 +219,12 @@ def _slurm_queue() -> dict[str, tuple[str, str]]:
         return {}
     lines = [line.split("|", 2) for line in done.stdout.splitlines()]
     return {line[0]: (line[1], line[2]) for line in lines if len(line) == 3}
+
+
+def measured(run: Path, done: bool) -> tuple[int | None, dict[str, float]]:
+    """Steps and metrics of the run in `run`: its results if it is `done`, else the last value of everything logged."""
+    results = _read(run / "results.json") if done else None
+    return _outcome(results) if results is not None else _progress(run)
 
 
 def _outcome(results: dict[str, Any]) -> tuple[int | None, dict[str, float]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from motionrag.io import write_json, write_text
-from motionrag.report import LABELS, METRICS
+from motionrag.page import LABELS, METRICS
 
 #: Stages that only a condition with retrieval goes through, and how the paper's table calls them.
 OVERHEAD = {"retrieval": "retrieval", "cama": "CAMA"}

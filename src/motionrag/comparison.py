@@ -1,0 +1,497 @@
+"""Runs side by side: what was varied, a table with a row for each, plots against it, their clips of one prompt.
+
+The runs are the points of a sweep (``motionrag.sweeps``: its table says what was varied), or run folders of
+``motionrag evaluate`` and ``motionrag train``, where everything in ``config.yaml`` that differs was varied, but for
+what says where a run is kept and what it is called. Folders without one are told apart by the settings in
+``metrics.json``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from motionrag import page, sweeps
+from motionrag.errors import MotionRAGError
+
+# Where a run is kept, what it is called and whom it tells: not what was varied.
+KEPT = re.compile(r"(out|run_dir|name|title|notes|test clips|logger)(\.|$)|(.*\.)?(dirpath|save_dir)$")
+SEED = re.compile(r"(.*\.)?seeds?$")
+MAX_LINES = 8  # of a plot; with more, everything but the plot's parameter is averaged
+MAX_WORDS = 8  # values of a parameter that are no numbers, on the axis of a plot
+LOG_RANGE = 50  # values that span more than this stand on a logarithmic axis
+
+
+class Metric(NamedTuple):
+    """A column: which metric, and of which domain and condition of an evaluation."""
+
+    name: str
+    domain: str = ""
+    condition: str = ""
+
+
+@dataclass
+class Run:
+    """One row. ``parameters``: what was varied -> its value as text; a run that has no such key lacks it."""
+
+    name: str
+    folder: Path
+    parameters: dict[str, str]
+    seed: int | None
+    state: str
+    step: int | None
+    metrics: dict[Metric, float]
+    labels: dict[str, str]
+    error: str | None = None
+
+
+@dataclass
+class Heading:
+    """Of a column: its name, and in small what else there is to say."""
+
+    text: str
+    small: str = ""
+
+
+@dataclass
+class Cell:
+    """``value`` is what sorting sees (numbers in full, empty if missing), ``text`` what is read."""
+
+    text: str = "–"
+    value: str = ""
+    best: bool = False
+    small: str = ""
+
+
+@dataclass
+class Comparison:
+    """Everything the page shows of several runs."""
+
+    name: str
+    lead: str
+    headings: list[Heading]
+    rows: list[tuple[str, list[Cell]]]  # state, cells
+    plots: list[tuple[str, str, list[dict[str, Any]]]] = field(
+        default_factory=list
+    )  # parameter, legend, charts
+    clips: list[page.Row] = field(default_factory=list)
+    shared_clips: int = 0
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_sweep(folder: Path) -> list[Run]:
+    """The points of the sweep in ``folder``, as they are now."""
+    runs = []
+    for row in sweeps.write_table(folder):
+        done, run = row["state"] in sweeps.DONE, Path(row["folder"])
+        evaluation = _evaluation(run) if done else {}
+        parameters = {key: value for key, value in row["parameters"].items() if key != "seed"}
+        seed = row["seed"] if row["seed"] is not None else _number(row["parameters"].get("seed"))
+        metrics = _numbers(evaluation) or _logged(row["metrics"])
+        labels = {**page.LABELS, **evaluation.get("labels", {})}
+        name, state, step, error = row["name"], row["state"], row["step"], row["error"]
+        runs.append(Run(name, run, parameters, seed, state, step, metrics, labels, error))
+    return runs
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Run folders that were started one by one; what was varied is found by comparing them."""
+    evaluations = [_evaluation(folder) for folder in folders]
+    if all((folder / "config.yaml").is_file() for folder in folders):
+        configs = [_config(folder / "config.yaml") for folder in folders]
+    else:
+        configs = [dict(_flat(evaluation.get("settings", {}))) for evaluation in evaluations]
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [f"{folder.resolve().parent.name}/{folder.resolve().name}" for folder in folders]
+    parameters = varied(configs)
+    runs = []
+    for i, (folder, evaluation) in enumerate(zip(folders, evaluations, strict=True)):
+        finished = bool(evaluation) or (folder / "results.json").is_file()
+        step, logged = sweeps.measured(folder, finished)
+        runs.append(
+            Run(
+                name=names[i],
+                folder=folder,
+                parameters={key: values[i] for key, values in parameters.items() if values[i] is not None},
+                seed=_number(configs[i].get("seed")),
+                state="finished" if finished else "unfinished",
+                step=step,
+                metrics=_numbers(evaluation) or _logged(logged),
+                labels={**page.LABELS, **evaluation.get("labels", {})},
+            )
+        )
+    return runs
+
+
+def varied(configs: Sequence[dict[str, str]]) -> dict[str, list[str | None]]:
+    """Flat configs of several runs -> the keys that differ, with each run's value (None: it has no such key).
+
+    Keys that always have the same value as another are one: ``k = cama.k``. Parts that have a name
+    (``backbone.name``) stand for everything in them that changes with it. Paths and classes are cut to what differs.
+    """
+    by_values: dict[tuple[str | None, ...], list[str]] = {}
+    for key in dict.fromkeys(key for config in configs for key in config):
+        values = tuple(config.get(key) for config in configs)
+        if len(set(values)) > 1 and not KEPT.match(key) and not SEED.match(key):
+            by_values.setdefault(values, []).append(key)
+    first = {
+        min(keys, key=lambda key: (key.count("."), len(key))): values for values, keys in by_values.items()
+    }
+    alike = {
+        key: [other for other in by_values[values] if _word(other) != _word(key)]
+        for key, values in first.items()
+    }
+    named = {
+        key.removesuffix("name"): _partition(values) for key, values in first.items() if key.endswith(".name")
+    }
+    return {
+        " = ".join([key, *alike[key][:2]]): _shortened(values)
+        for key, values in first.items()
+        if key.endswith(".name")
+        or not any(key.startswith(part) and _partition(values) == same for part, same in named.items())
+    }
+
+
+def _partition(values: Sequence[str | None]) -> list[int]:
+    return [values.index(value) for value in values]
+
+
+def _shortened(values: Sequence[str | None]) -> list[str | None]:
+    """Paths and dotted names without the parts that all have in common at the front and at the end."""
+    present = [value for value in values if value is not None]
+    mark = next(
+        (mark for mark in ("/", ".") if all(mark in value and " " not in value for value in present)), None
+    )
+    if mark is None or any(_number(value) is not None for value in present):
+        return list(values)
+    split = [value.split(mark) for value in present]
+    front = end = 0
+    while all(len(parts) - front > 1 and parts[front] == split[0][front] for parts in split):
+        front += 1
+    while all(len(parts) - front - end > 1 and parts[-1 - end] == split[0][-1 - end] for parts in split):
+        end += 1
+    short = iter(mark.join(parts[front : len(parts) - end]) for parts in split)
+    return [None if value is None else next(short) for value in values]
+
+
+def _config(path: Path) -> dict[str, str]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        return dict(_flat(OmegaConf.to_container(OmegaConf.load(path))))
+    except (YAMLError, OmegaConfBaseException, AttributeError) as error:
+        line = str(error).splitlines()[0]
+        raise MotionRAGError(
+            f"{path} is no config ({line}): expected what motionrag wrote; take it away or run again"
+        ) from error
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted key and value as text of every leaf; a list of one is its element."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _flat(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list) and len(value) == 1:
+        yield from _flat(value[0], key)
+    elif isinstance(value, list):
+        yield key, ", ".join(map(str, value))
+    else:
+        words = {None: "null", True: "true", False: "false"}
+        plain = value is None or isinstance(value, bool)
+        yield key, words[value] if plain else f"{value:.12g}" if isinstance(value, float) else str(value)
+
+
+def _evaluation(folder: Path) -> dict[str, Any]:
+    """``metrics.json`` of an evaluation, empty where there is none."""
+    path = folder / "metrics.json"
+    return page.read(path) if path.is_file() else {}
+
+
+def _numbers(evaluation: dict[str, Any]) -> dict[Metric, float]:
+    return {
+        Metric(name, domain, condition): value
+        for condition, domains in evaluation.get("conditions", {}).items()
+        for domain, values in domains.items()
+        for name, value in values.items()
+        if name != "n" and value is not None
+    }
+
+
+def _logged(values: dict[str, float]) -> dict[Metric, float]:
+    return {Metric(name): value for name, value in values.items() if math.isfinite(value)}
+
+
+def _number(text: str | None) -> int | float | None:
+    """``3`` and ``1e-4`` are numbers, ``null`` and ``nan`` are not."""
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return None if not math.isfinite(number) else int(number) if number.is_integer() else number
+
+
+# ---------------------------------------------------------------- table
+
+
+def compare(name: str, runs: list[Run], max_clips: int) -> Comparison:
+    """The table, plots and clips of ``runs``; see ``Comparison``."""
+    _condition_as_parameter(runs)
+    parameters = list(dict.fromkeys(key for run in runs for key in run.parameters))
+    found = list(dict.fromkeys(metric for run in runs for metric in run.metrics))
+    known = list(page.METRICS)
+    metrics = sorted(found, key=lambda m: known.index(m.name) if m.name in known else len(known))
+    labels = {key: text for run in runs for key, text in run.labels.items()}
+    seeds, steps = any(run.seed is not None for run in runs), any(run.step is not None for run in runs)
+    headings = [
+        Heading("run"),
+        *(Heading(*key.split(" = ")[:1], small=" = ".join(key.split(" = ")[1:])) for key in parameters),
+    ]
+    headings += [Heading("seed")] * seeds + [Heading("state")] + [Heading("step")] * steps
+    headings += [Heading(page.heading(metric.name), _where(metric, metrics, labels)) for metric in metrics]
+    best = {metric: _best(metric, runs) for metric in metrics}
+    rows = []
+    for run in runs:
+        cells = [Cell(run.name, run.name), *(_cell(run.parameters.get(key)) for key in parameters)]
+        cells += (
+            [_cell(run.seed)] * seeds
+            + [Cell(run.state, run.state, small=run.error or "")]
+            + [_cell(run.step)] * steps
+        )
+        for metric in metrics:
+            value = run.metrics.get(metric)
+            text = "–" if value is None else _written(metric.name, value)
+            good = value is not None and run.state == "finished" and value == best[metric]
+            cells.append(Cell(text, "" if value is None else repr(value), good))
+        rows.append((run.state, cells))
+    comparison = Comparison(name, _lead(runs, parameters), headings, rows)
+    comparison.plots = list(_plots(runs, parameters, metrics, labels))
+    comparison.clips, comparison.shared_clips = _clips(runs, parameters, max_clips)
+    return comparison
+
+
+def _condition_as_parameter(runs: list[Run]) -> None:
+    """Where every run has one condition, but not all the same, the condition is what was varied."""
+    conditions = [{metric.condition for metric in run.metrics} - {""} for run in runs]
+    if all(len(each) <= 1 for each in conditions) and len(set().union(*conditions)) > 1:
+        for run, each in zip(runs, conditions, strict=True):
+            if each:
+                run.parameters["condition"] = page.label(*each, run.labels)
+            run.metrics = {metric._replace(condition=""): value for metric, value in run.metrics.items()}
+
+
+def _lead(runs: list[Run], parameters: list[str]) -> str:
+    states = [run.state for run in runs]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    seeds = {run.seed for run in runs if run.seed is not None}
+    what = [key.split(" = ")[0] for key in parameters] + ["seed"] * (len(seeds) > 1)
+    return f"{len(runs)} runs ({counts}). " + (
+        f"Varied: {', '.join(what)}." if what else "Their settings do not differ."
+    )
+
+
+def _cell(value: str | int | float | None) -> Cell:
+    return Cell() if value is None else Cell(str(value), str(value))
+
+
+def _written(metric: str, value: float) -> str:
+    return f"{value:.{page.METRICS[metric][1]}f}" if metric in page.METRICS else f"{value:.4g}"
+
+
+def _where(metric: Metric, metrics: Sequence[Metric], labels: dict[str, str]) -> str:
+    """Domain and condition of a metric, as far as there are several."""
+    parts = [
+        page.label(metric[i], labels)
+        for i in (1, 2)
+        if len({other[i] for other in metrics}) > 1 and metric[i]
+    ]
+    return ", ".join(parts)
+
+
+def _best(metric: Metric, runs: list[Run]) -> float | None:
+    """The best value of finished runs; None if nobody says whether more is better, or there is only one."""
+    more_is_better = page.METRICS.get(metric.name, ("", 0, False if "loss" in metric.name else None))[2]
+    values = [run.metrics[metric] for run in runs if run.state == "finished" and metric in run.metrics]
+    if more_is_better is None or len(set(values)) < 2:
+        return None
+    return max(values) if more_is_better else min(values)
+
+
+# ---------------------------------------------------------------- plots
+
+
+def _plots(
+    runs: list[Run], parameters: list[str], metrics: list[Metric], labels: dict[str, str]
+) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+    """For every varied parameter: its name, what the marks mean, a chart for each metric and domain."""
+    finished = [run for run in runs if run.state == "finished"]
+    for key in parameters:
+        shown = [run for run in finished if key in run.parameters]
+        numbers = {run.parameters[key]: _number(run.parameters[key]) for run in shown}
+        numeric = None not in numbers.values()
+        if len(numbers) < 2 or not (numeric or len(numbers) <= MAX_WORDS):
+            continue
+        places = {text: float(i) for i, text in enumerate(numbers)}
+        if numeric:
+            low, high = min(numbers.values()), max(numbers.values())
+            scale = math.log10 if low > 0 and high / low > LOG_RANGE else float
+            places = {text: scale(number) for text, number in numbers.items()}
+        others = [other for other in parameters if other != key]
+        rests = {run.folder: tuple(run.parameters.get(other) for other in others) for run in shown}
+        conditions = {metric.condition for metric in metrics}
+        averaged = len(set(rests.values())) * len(conditions) > MAX_LINES
+        if averaged:
+            rests = dict.fromkeys(rests, ())
+        charts = []
+        for name, domain in dict.fromkeys(metric[:2] for metric in metrics):
+            lines: dict[tuple[str, tuple], dict[float, list[tuple[str, float]]]] = {}
+            for condition in dict.fromkeys(
+                metric.condition for metric in metrics if metric[:2] == (name, domain)
+            ):
+                for run in shown:
+                    value = run.metrics.get(Metric(name, domain, condition))
+                    if value is not None:
+                        line = lines.setdefault((condition, rests[run.folder]), {})
+                        line.setdefault(places[run.parameters[key]], []).append((run.name, value))
+            if len({place for line in lines.values() for place in line}) < 2:
+                continue
+            written = {}
+            for condition, rest in lines:
+                words = [page.label(condition, labels)] if len(conditions) > 1 else []
+                words += _said(
+                    dict(zip(others, rest, strict=False)), [others_rest for _, others_rest in lines], others
+                )
+                written[condition, rest] = ", ".join(words)
+            where = page.label(domain, labels) if len({metric.domain for metric in metrics}) > 1 else ""
+            charts.append(_chart(page.heading(name), where, name, lines, written, places, numeric))
+        legend = "Dots are single runs; lines go through the mean of all with the same value"
+        legend += ", whatever else was varied." if averaged and others else "."
+        if left := [f"{run.name} ({run.state})" for run in runs if run.state != "finished"]:
+            legend += f" Not drawn: {', '.join(left)}."
+        if charts:
+            yield key.split(" = ")[0], legend, charts
+
+
+def _said(rest: dict[str, str | None], every: list[tuple], others: list[str]) -> list[str]:
+    """What of the other parameters tells one line of a chart from another."""
+    differ = [other for i, other in enumerate(others) if len({line[i] for line in every if line}) > 1]
+    return [f"{_word(other)} {rest[other] or '–'}" for other in differ if other in rest]
+
+
+def _chart(
+    heading: str,
+    where: str,
+    metric: str,
+    lines: dict[tuple[str, tuple], dict[float, list[tuple[str, float]]]],
+    written: dict[tuple[str, tuple], str],
+    places: dict[str, float],
+    numeric: bool,
+) -> dict[str, Any]:
+    """Dots, means and lines in the coordinates of the picture, with the parameter's own values as ticks."""
+    points = [(place, value) for line in lines.values() for place, at in line.items() for _, value in at]
+    axes = page.Axes.around(points)
+    if not numeric:  # words keep a distance from the ends
+        axes.x = (axes.x[0] - 0.5, axes.x[1] + 0.5)
+    drawn = []
+    for number, (key, line) in enumerate(lines.items()):
+        means = [(axes.x_at(place), axes.y_at(fmean(v for _, v in line[place]))) for place in sorted(line)]
+        drawn.append(
+            {
+                "label": written[key],
+                "series": (number if len(lines) > 1 else 1) % MAX_LINES,
+                "points": " ".join(f"{x},{y}" for x, y in means) if numeric and len(means) > 1 else "",
+                "means": means if any(len(at) > 1 for at in line.values()) else [],
+                "dots": [
+                    (axes.x_at(place), axes.y_at(value), f"{run}: {_written(metric, value)}")
+                    for place, at in line.items()
+                    for run, value in at
+                ],
+            }
+        )
+    ticks: list[tuple[float, str]] = []
+    used = {place for line in lines.values() for place in line}
+    for text, place in sorted(places.items(), key=lambda item: item[1]):
+        at = axes.x_at(place)
+        short = text if numeric or len(text) * len(used) < 80 else text[: max(80 // len(used), 4)] + "…"
+        if place in used and (not ticks or at - ticks[-1][0] > 4 + 3.2 * (len(short) + len(ticks[-1][1]))):
+            ticks.append((at, short))
+    return {"name": heading, "where": where, "lines": drawn, "x_ticks": ticks, "y_ticks": axes.y_ticks()}
+
+
+# ---------------------------------------------------------------- clips
+
+
+def _clips(runs: list[Run], parameters: list[str], limit: int) -> tuple[list[page.Row], int]:
+    """The first test clips that two or more runs kept, with each run's output; and how many there are."""
+    kept: dict[tuple[str, str], list[tuple[Run, dict[str, Any]]]] = {}
+    for run in runs:
+        if run.state in sweeps.DONE and (run.folder / "clips.json").is_file():
+            for clip in page.read(run.folder / "clips.json"):
+                kept.setdefault((str(clip.get("id")), clip.get("prompt", "")), []).append((run, clip))
+    shared = {key: both for key, both in kept.items() if len(both) > 1}
+    chosen = page.chosen([both[0][1] for both in shared.values()], [], limit)
+    return [_row(shared[str(clip["id"]), clip["prompt"]], parameters) for clip in chosen], len(shared)
+
+
+def _row(both: list[tuple[Run, dict[str, Any]]], parameters: list[str]) -> page.Row:
+    run, clip = both[0]
+    try:
+        outputs = [page.figure(run.folder, clip["truth"], "truth", role="truth")]
+        for other, its in both:
+            condition = main_condition(list(its["outputs"]))
+            said = condition == "motionrag" or "condition" in other.parameters
+            details = () if said else (page.label(condition, other.labels),)
+            details += page.scores(its.get("scores", {}).get(condition, {}))
+            outputs.append(
+                page.figure(other.folder, its["outputs"][condition], _label(other, both, parameters), details)
+            )
+        first_frame = page.figure(run.folder, clip["first_frame"], "first frame")
+    except (KeyError, IndexError) as error:
+        raise MotionRAGError(
+            f"clips.json of {', '.join(str(run.folder) for run, _ in both)}: clip {clip.get('id')} lacks {error}; "
+            "run motionrag evaluate again"
+        ) from error
+    return page.Row(
+        id=str(clip["id"]),
+        domain=page.label(clip.get("domain", ""), run.labels),
+        prompt=clip["prompt"],
+        motion_prompt=clip.get("motion_prompt", ""),
+        first_frame=first_frame,
+        references=[],
+        outputs=outputs,
+    )
+
+
+def main_condition(conditions: list[str]) -> str:
+    """The one of a run's conditions to show: with retrieval, else the first that is not the backbone alone."""
+    if "motionrag" in conditions:
+        return "motionrag"
+    return ([name for name in conditions if name != "backbone"] or conditions)[0]
+
+
+def _label(run: Run, both: list[tuple[Run, dict[str, Any]]], parameters: list[str]) -> str:
+    """What tells this run from the others of a row: `k 3, seed 1`; its name if nothing does."""
+    words = [_word(key) for key in parameters]
+    parts = [
+        f"{word if words.count(word) == 1 else key.split(' = ')[0]} {run.parameters[key]}"
+        for key, word in zip(parameters, words, strict=True)
+        if key in run.parameters and len({other.parameters.get(key) for other, _ in both}) > 1
+    ]
+    if len({other.seed for other, _ in both}) > 1:
+        parts.append(f"seed {run.seed}")
+    return ", ".join(parts) or run.name
+
+
+def _word(key: str) -> str:
+    """The last part of a key that says something: `k` of `retrieval.k`, `backbone` of `backbone.name`."""
+    parts = [part for part in key.split(" = ")[0].split(".") if part not in ("name", "_target_")]
+    return page.label((parts or [key])[-1])
