@@ -22,7 +22,7 @@ from motionrag.errors import MotionRAGError
 # Where a run is kept, what it is called and whom it tells: not what was varied.
 KEPT = re.compile(r"(out|run_dir|name|title|notes|test clips|logger)(\.|$)|(.*\.)?(dirpath|save_dir)$")
 SEED = re.compile(r"(.*\.)?seeds?$")
-MAX_LINES = 8  # of a plot; with more, everything but the plot's parameter is averaged
+MAX_LINES = 8  # of a plot; with more, whatever else was varied is averaged
 MAX_WORDS = 8  # values of a parameter that are no numbers, on the axis of a plot
 LOG_RANGE = 50  # values that span more than this stand on a logarithmic axis
 
@@ -248,8 +248,10 @@ def compare(name: str, runs: list[Run], max_clips: int) -> Comparison:
     _condition_as_parameter(runs)
     parameters = list(dict.fromkeys(key for run in runs for key in run.parameters))
     found = list(dict.fromkeys(metric for run in runs for metric in run.metrics))
-    known = list(page.METRICS)
-    metrics = sorted(found, key=lambda m: known.index(m.name) if m.name in known else len(known))
+    ranks = [
+        list(dict.fromkeys([*(page.METRICS if i == 0 else ()), *(m[i] for m in found)])) for i in range(3)
+    ]
+    metrics = sorted(found, key=lambda m: [rank.index(part) for rank, part in zip(ranks, m, strict=True)])
     labels = {key: text for run in runs for key, text in run.labels.items()}
     seeds, steps = any(run.seed is not None for run in runs), any(run.step is not None for run in runs)
     headings = [
@@ -348,7 +350,9 @@ def _plots(
         others = [other for other in parameters if other != key]
         rests = {run.folder: tuple(run.parameters.get(other) for other in others) for run in shown}
         conditions = {metric.condition for metric in metrics}
-        averaged = len(set(rests.values())) * len(conditions) > MAX_LINES
+        # a line for every setting of the others, if it has values to go through
+        held = len({(rests[run.folder], run.parameters[key]) for run in shown}) / len(set(rests.values()))
+        averaged = held < 2 or len(set(rests.values())) * len(conditions) > MAX_LINES
         if averaged:
             rests = dict.fromkeys(rests, ())
         charts = []
@@ -421,7 +425,8 @@ def _chart(
     used = {place for line in lines.values() for place in line}
     for text, place in sorted(places.items(), key=lambda item: item[1]):
         at = axes.x_at(place)
-        short = text if numeric or len(text) * len(used) < 80 else text[: max(80 // len(used), 4)] + "…"
+        room = 7 if numeric else max(80 // len(used), 4)
+        short = text if len(text) <= room else f"{_number(text):.2g}" if numeric else text[:room] + "…"
         if place in used and (not ticks or at - ticks[-1][0] > 4 + 3.2 * (len(short) + len(ticks[-1][1]))):
             ticks.append((at, short))
     return {"name": heading, "where": where, "lines": drawn, "x_ticks": ticks, "y_ticks": axes.y_ticks()}
