@@ -115,7 +115,7 @@ def test_a_sweep_becomes_a_table_and_plots(sweep, tmp_path):
 def test_plots_hold_every_run_and_the_mean_over_seeds(sweep):
     ((parameter, _, (chart,)),) = compare("x", read_sweep(sweep), 0).plots
     (line,) = chart["lines"]
-    assert parameter == "k" and [text for _, text in chart["x_ticks"]] == ["1", "9"]
+    assert parameter == "k" and [text for _, text, _ in chart["x_ticks"]] == ["1", "9"]
     assert sorted(said for *_, said in line["dots"]) == [
         "k=1_seed=0: 0.1235", "k=1_seed=1: 0.1135", "k=9_seed=0: 0.1035"
     ]  # fmt: skip
@@ -171,6 +171,10 @@ def test_what_was_varied():
         "only": [None, "here"],
     }
     assert varied([a, a]) == {}
+    stages = [{"m._target_": "x.Adapter", "m.lr": "1"}, {"m._target_": "x.CAMA", "m.lr": "2", "m.depth": "4"}]
+    assert varied(stages) == {"m._target_": ["Adapter", "CAMA"], "m.lr": ["1", "2"]}  # only CAMA has a depth
+    deeper = {**stages[1], "m.depth": "8"}
+    assert varied([*stages, deeper])["m.depth"] == [None, "4", "8"]
 
 
 def test_words_stand_apart_and_wide_ranges_are_logarithmic(tmp_path):
@@ -178,10 +182,26 @@ def test_words_stand_apart_and_wide_ranges_are_logarithmic(tmp_path):
     for run, lr, fusion in zip(runs, ("1e-5", "1e-4", "1e-3"), ("mean", "top1", "null"), strict=True):
         run.parameters = {"lr": lr, "fusion": fusion}
     (_, _, (by_lr,)), (_, _, (by_fusion,)) = compare("x", runs, 0).plots
-    (left, _), (middle, _), (right, _) = by_lr["x_ticks"]
+    (left, *_), (middle, *_), (right, *_) = by_lr["x_ticks"]
     assert middle - left == pytest.approx(right - middle)
-    assert [text for _, text in by_fusion["x_ticks"]] == ["mean", "top1", "null"]
+    assert [text for _, text, _ in by_fusion["x_ticks"]] == ["mean", "top1", "null"]
     assert not any(line["points"] for line in by_fusion["lines"])  # words have no order to draw a line along
+
+
+def test_lines_go_through_one_setting_of_everything_else(tmp_path):
+    runs = read_runs([evaluated(tmp_path / str(i), i, 0, 10.0 + i) for i in range(4)])
+    for run, (k, fusion) in zip(
+        runs, [("1", "cama"), ("9", "cama"), ("9", "mean"), ("9", "top1")], strict=True
+    ):
+        run.parameters = {"k": k, "fusion": fusion}
+        run.metrics = {
+            metric: value for metric, value in run.metrics.items() if metric.condition == "motionrag"
+        }
+    (_, _, (by_k,)), (_, _, (by_fusion,)) = compare("x", runs, 0).plots
+    assert {line["label"]: (bool(line["points"]), len(line["dots"])) for line in by_k["lines"]} == {
+        "fusion cama": (True, 2), "other settings": (False, 2),
+    }  # fmt: skip
+    assert [line["label"] for line in by_fusion["lines"]] == ["other settings", "k 9"]
 
 
 def test_conditions_that_were_run_one_by_one_are_what_was_varied(tmp_path):

@@ -19,12 +19,18 @@ from typing import Any, NamedTuple
 from motionrag import page, sweeps
 from motionrag.errors import MotionRAGError
 
-# Where a run is kept, what it is called and whom it tells: not what was varied.
-KEPT = re.compile(r"(out|run_dir|name|title|notes|test clips|logger)(\.|$)|(.*\.)?(dirpath|save_dir)$")
-SEED = re.compile(r"(.*\.)?seeds?$")
+# Where a run is kept, what it is called, whom it tells, its seeds (a column of their own): not what was varied.
+KEPT = re.compile(
+    r"(run_dir|name|title|notes|test clips|logger)(\.|$)|(.*\.)?(out|dirpath|save_dir|_partial_|_recursive_)$"
+    r"|(.*\.)?seeds?(\.|$)"
+)
 MAX_LINES = 8  # of a plot; with more, whatever else was varied is averaged
+REST = "other settings"
 MAX_WORDS = 8  # values of a parameter that are no numbers, on the axis of a plot
 LOG_RANGE = 50  # values that span more than this stand on a logarithmic axis
+
+
+Line = dict[float, list[tuple[str, float]]]  # of a plot: place on the axis -> runs and their values
 
 
 class Metric(NamedTuple):
@@ -134,13 +140,14 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def varied(configs: Sequence[dict[str, str]]) -> dict[str, list[str | None]]:
     """Flat configs of several runs -> the keys that differ, with each run's value (None: it has no such key).
 
-    Keys that always have the same value as another are one: ``k = cama.k``. Parts that have a name
-    (``backbone.name``) stand for everything in them that changes with it. Paths and classes are cut to what differs.
+    Keys that always have the same value as another are one: ``optimizer.lr = scheduler.max_lr``. Where a part has a
+    name (``backbone.name``), that stands for everything in it that changes with it; where its name or class differs,
+    options that only one kind has are left out. Paths and classes are cut to what differs.
     """
     by_values: dict[tuple[str | None, ...], list[str]] = {}
     for key in dict.fromkeys(key for config in configs for key in config):
         values = tuple(config.get(key) for config in configs)
-        if len(set(values)) > 1 and not KEPT.match(key) and not SEED.match(key):
+        if len(set(values)) > 1 and not KEPT.match(key):
             by_values.setdefault(values, []).append(key)
     first = {
         min(keys, key=lambda key: (key.count("."), len(key))): values for values, keys in by_values.items()
@@ -149,14 +156,24 @@ def varied(configs: Sequence[dict[str, str]]) -> dict[str, list[str | None]]:
         key: [other for other in by_values[values] if _word(other) != _word(key)]
         for key, values in first.items()
     }
-    named = {
-        key.removesuffix("name"): _partition(values) for key, values in first.items() if key.endswith(".name")
-    }
+    kinds = [key for key in first if key.endswith((".name", "._target_"))]
+
+    def told(key: str) -> bool:
+        """The name or class of a part that holds this key says as much."""
+        for kind in kinds:
+            if key == kind or not key.startswith(kind[: kind.rindex(".") + 1]):
+                continue
+            only_there = None in first[key] and len(set(first[key])) == 2
+            follows = len(set(zip(first[kind], first[key], strict=True))) == len(set(first[kind]))
+            same = kind.endswith(".name") and _partition(first[key]) == _partition(first[kind])
+            if same or (only_there and follows):
+                return True
+        return False
+
     return {
         " = ".join([key, *alike[key][:2]]): _shortened(values)
         for key, values in first.items()
-        if key.endswith(".name")
-        or not any(key.startswith(part) and _partition(values) == same for part, same in named.items())
+        if not told(key)
     }
 
 
@@ -296,9 +313,9 @@ def _lead(runs: list[Run], parameters: list[str]) -> str:
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     seeds = {run.seed for run in runs if run.seed is not None}
     what = [key.split(" = ")[0] for key in parameters] + ["seed"] * (len(seeds) > 1)
-    return f"{len(runs)} runs ({counts}). " + (
-        f"Varied: {', '.join(what)}." if what else "Their settings do not differ."
-    )
+    more = f" and {len(what) - 8} more" if len(what) > 8 else ""
+    said = f"Varied: {', '.join(what[:8])}{more}." if what else "Their settings do not differ."
+    return f"{len(runs)} runs ({counts}). {said}"
 
 
 def _cell(value: str | int | float | None) -> Cell:
@@ -335,85 +352,84 @@ def _plots(
     runs: list[Run], parameters: list[str], metrics: list[Metric], labels: dict[str, str]
 ) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
     """For every varied parameter: its name, what the marks mean, a chart for each metric and domain."""
-    finished = [run for run in runs if run.state == "finished"]
+    conditions, domains = ({metric[i]: None for metric in metrics} for i in (2, 1))
     for key in parameters:
-        shown = [run for run in finished if key in run.parameters]
-        numbers = {run.parameters[key]: _number(run.parameters[key]) for run in shown}
-        numeric = None not in numbers.values()
-        if len(numbers) < 2 or not (numeric or len(numbers) <= MAX_WORDS):
+        shown = [run for run in runs if run.state == "finished" and key in run.parameters]
+        places, numeric = _places([run.parameters[key] for run in shown])
+        if len(places) < 2 or key.endswith("_target_") or not (numeric or len(places) <= MAX_WORDS):
             continue
-        places = {text: float(i) for i, text in enumerate(numbers)}
-        if numeric:
-            low, high = min(numbers.values()), max(numbers.values())
-            scale = math.log10 if low > 0 and high / low > LOG_RANGE else float
-            places = {text: scale(number) for text, number in numbers.items()}
         others = [other for other in parameters if other != key]
-        rests = {run.folder: tuple(run.parameters.get(other) for other in others) for run in shown}
-        conditions = {metric.condition for metric in metrics}
-        # a line for every setting of the others, if it has values to go through
-        held = len({(rests[run.folder], run.parameters[key]) for run in shown}) / len(set(rests.values()))
-        averaged = held < 2 or len(set(rests.values())) * len(conditions) > MAX_LINES
-        if averaged:
-            rests = dict.fromkeys(rests, ())
+        settings = _settings(shown, key, others, MAX_LINES // len(conditions))
         charts = []
         for name, domain in dict.fromkeys(metric[:2] for metric in metrics):
-            lines: dict[tuple[str, tuple], dict[float, list[tuple[str, float]]]] = {}
-            for condition in dict.fromkeys(
-                metric.condition for metric in metrics if metric[:2] == (name, domain)
-            ):
+            lines: dict[str, Line] = {}
+            for condition in conditions:
                 for run in shown:
                     value = run.metrics.get(Metric(name, domain, condition))
                     if value is not None:
-                        line = lines.setdefault((condition, rests[run.folder]), {})
-                        line.setdefault(places[run.parameters[key]], []).append((run.name, value))
-            if len({place for line in lines.values() for place in line}) < 2:
-                continue
-            written = {}
-            for condition, rest in lines:
-                words = [page.label(condition, labels)] if len(conditions) > 1 else []
-                words += _said(
-                    dict(zip(others, rest, strict=False)), [others_rest for _, others_rest in lines], others
-                )
-                written[condition, rest] = ", ".join(words)
-            where = page.label(domain, labels) if len({metric.domain for metric in metrics}) > 1 else ""
-            charts.append(_chart(page.heading(name), where, name, lines, written, places, numeric))
-        legend = "Dots are single runs; lines go through the mean of all with the same value"
-        legend += ", whatever else was varied." if averaged and others else "."
+                        said = [page.label(condition, labels)] if len(conditions) > 1 else []
+                        said += [settings[run.folder]] if settings[run.folder] else []
+                        label = REST if REST in said else ", ".join(said)
+                        at = lines.setdefault(label, {}).setdefault(places[run.parameters[key]], [])
+                        at.append((run.name, value))
+            if len({place for line in lines.values() for place in line}) > 1:
+                where = page.label(domain, labels) if len(domains) > 1 else ""
+                charts.append(_chart(name, lines, places, numeric) | {"where": where})
+        legend = "Dots are single runs; rings and lines are the means of those with the same value"
+        legend += ", whatever else was varied." if others and not any(settings.values()) else "."
         if left := [f"{run.name} ({run.state})" for run in runs if run.state != "finished"]:
             legend += f" Not drawn: {', '.join(left)}."
         if charts:
             yield key.split(" = ")[0], legend, charts
 
 
-def _said(rest: dict[str, str | None], every: list[tuple], others: list[str]) -> list[str]:
-    """What of the other parameters tells one line of a chart from another."""
-    differ = [other for i, other in enumerate(others) if len({line[i] for line in every if line}) > 1]
-    return [f"{_word(other)} {rest[other] or '–'}" for other in differ if other in rest]
+def _places(values: Sequence[str]) -> tuple[dict[str, float], bool]:
+    """Where each value of a parameter stands on the axis, and whether they are numbers; words stand in a row."""
+    numbers = {value: _number(value) for value in values}
+    if None in numbers.values() or not numbers:
+        return {value: float(i) for i, value in enumerate(numbers)}, False
+    low, high = min(numbers.values()), max(numbers.values())
+    scale = math.log10 if low > 0 and high / low > LOG_RANGE else float
+    return {value: scale(number) for value, number in numbers.items()}, True
 
 
-def _chart(
-    heading: str,
-    where: str,
-    metric: str,
-    lines: dict[tuple[str, tuple], dict[float, list[tuple[str, float]]]],
-    written: dict[tuple[str, tuple], str],
-    places: dict[str, float],
-    numeric: bool,
-) -> dict[str, Any]:
+def _settings(runs: list[Run], key: str, others: list[str], room: int) -> dict[Path, str]:
+    """The line of a plot against ``key`` that each run belongs to: whatever else was varied, in words.
+
+    ``REST`` for settings that were run with one value only, as no line goes through them. All runs are of one line,
+    the mean over everything else, if no setting has several values (a search), or more than ``room`` have.
+    """
+    differ = [other for other in others if len({run.parameters.get(other) for run in runs}) > 1]
+    said = {
+        run.folder: ", ".join(f"{_word(other)} {run.parameters.get(other, '–')}" for other in differ)
+        for run in runs
+    }
+    values: dict[str, set[str]] = {}
+    for run in runs:
+        values.setdefault(said[run.folder], set()).add(run.parameters[key])
+    through = [setting for setting, each in values.items() if len(each) > 1]
+    if not 0 < len(through) <= room:
+        return dict.fromkeys(said, "")
+    return {folder: setting if setting in through else REST for folder, setting in said.items()}
+
+
+def _chart(metric: str, lines: dict[str, Line], places: dict[str, float], numeric: bool) -> dict[str, Any]:
     """Dots, means and lines in the coordinates of the picture, with the parameter's own values as ticks."""
     points = [(place, value) for line in lines.values() for place, at in line.items() for _, value in at]
     axes = page.Axes.around(points)
     if not numeric:  # words keep a distance from the ends
         axes.x = (axes.x[0] - 0.5, axes.x[1] + 0.5)
     drawn = []
-    for number, (key, line) in enumerate(lines.items()):
+    colour = 1 if REST in lines or len(lines) == 1 else 0  # 0 is grey
+    for label, line in lines.items():
         means = [(axes.x_at(place), axes.y_at(fmean(v for _, v in line[place]))) for place in sorted(line)]
+        rest = label == REST
         drawn.append(
             {
-                "label": written[key],
-                "series": (number if len(lines) > 1 else 1) % MAX_LINES,
-                "points": " ".join(f"{x},{y}" for x, y in means) if numeric and len(means) > 1 else "",
-                "means": means if any(len(at) > 1 for at in line.values()) else [],
+                "label": label,
+                "series": 0 if rest else colour % MAX_LINES,
+                "points": "" if rest or not numeric else " ".join(f"{x},{y}" for x, y in means),
+                "means": means if not rest and any(len(at) > 1 for at in line.values()) else [],
                 "dots": [
                     (axes.x_at(place), axes.y_at(value), f"{run}: {_written(metric, value)}")
                     for place, at in line.items()
@@ -421,15 +437,24 @@ def _chart(
                 ],
             }
         )
-    ticks: list[tuple[float, str]] = []
-    used = {place for line in lines.values() for place in line}
+        colour += not rest
+    ticks: list[tuple[float, str, int]] = []  # place, text, row: words take turns in two rows
+    used = {place for place, _ in points}
     for text, place in sorted(places.items(), key=lambda item: item[1]):
-        at = axes.x_at(place)
-        room = 7 if numeric else max(80 // len(used), 4)
+        at, room = axes.x_at(place), 7 if numeric else 150 // len(used)
         short = text if len(text) <= room else f"{_number(text):.2g}" if numeric else text[:room] + "…"
-        if place in used and (not ticks or at - ticks[-1][0] > 4 + 3.2 * (len(short) + len(ticks[-1][1]))):
-            ticks.append((at, short))
-    return {"name": heading, "where": where, "lines": drawn, "x_ticks": ticks, "y_ticks": axes.y_ticks()}
+        if not numeric and place in used:
+            ticks.append((at, short, len(ticks) % 2))
+        elif place in used and (not ticks or at - ticks[-1][0] > 4 + 3.2 * (len(short) + len(ticks[-1][1]))):
+            ticks.append((at, short, 0))
+    heading = page.heading(metric)
+    return {
+        "name": heading,
+        "lines": drawn,
+        "words": not numeric,
+        "x_ticks": ticks,
+        "y_ticks": axes.y_ticks(),
+    }
 
 
 # ---------------------------------------------------------------- clips
