@@ -180,8 +180,12 @@ def test_what_was_varied():
 def test_words_stand_apart_and_wide_ranges_are_logarithmic(tmp_path):
     runs = read_runs([evaluated(tmp_path / str(i), i, 0, 10.0 + i) for i in range(3)])
     for run, lr, fusion in zip(runs, ("1e-5", "1e-4", "1e-3"), ("mean", "top1", "null"), strict=True):
-        run.parameters = {"lr": lr, "fusion": fusion}
-    (_, _, (by_lr,)), (_, _, (by_fusion,)) = compare("x", runs, 0).plots
+        run.parameters = {"fusion": fusion, "lr": lr}
+    ((parameter, legend, (by_lr,)),) = compare("x", runs, 0).plots
+    assert parameter == "lr" and "cannot tell which mattered: fusion." in legend
+    for run in runs:
+        del run.parameters["lr"]
+    ((_, _, (by_fusion,)),) = compare("x", runs, 0).plots
     (left, *_), (middle, *_), (right, *_) = by_lr["x_ticks"]
     assert middle - left == pytest.approx(right - middle)
     assert [text for _, text, _ in by_fusion["x_ticks"]] == ["mean", "top1", "null"]

@@ -353,12 +353,12 @@ def _plots(
 ) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
     """For every varied parameter: its name, what the marks mean, a chart for each metric and domain."""
     conditions, domains = ({metric[i]: None for metric in metrics} for i in (2, 1))
-    for key in parameters:
+    for key, along in _apart(runs, parameters).items():
         shown = [run for run in runs if run.state == "finished" and key in run.parameters]
         places, numeric = _places([run.parameters[key] for run in shown])
         if len(places) < 2 or key.endswith("_target_") or not (numeric or len(places) <= MAX_WORDS):
             continue
-        others = [other for other in parameters if other != key]
+        others = [other for other in parameters if other != key and other not in along]
         settings = _settings(shown, key, others, MAX_LINES // len(conditions))
         charts = []
         for name, domain in dict.fromkeys(metric[:2] for metric in metrics):
@@ -377,10 +377,23 @@ def _plots(
                 charts.append(_chart(name, lines, places, numeric) | {"where": where})
         legend = "Dots are single runs; rings and lines are the means of those with the same value"
         legend += ", whatever else was varied." if others and not any(settings.values()) else "."
+        if along:
+            legend += f" Changed together with it, so that the plots cannot tell which mattered: {', '.join(along)}."
         if left := [f"{run.name} ({run.state})" for run in runs if run.state != "finished"]:
             legend += f" Not drawn: {', '.join(left)}."
         if charts:
             yield key.split(" = ")[0], legend, charts
+
+
+def _apart(runs: list[Run], parameters: list[str]) -> dict[str, list[str]]:
+    """One parameter, rather one of numbers, of those that changed together in all finished runs -> the others."""
+    together: dict[tuple[int, ...], list[tuple[bool, str]]] = {}
+    for key in parameters:
+        values = [run.parameters.get(key) for run in runs if run.state == "finished"]
+        numeric = all(_number(value) is not None for value in values)
+        together.setdefault(tuple(_partition(values)), []).append((not numeric, key))
+    groups = [[key for _, key in sorted(group, key=lambda pair: pair[0])] for group in together.values()]
+    return {group[0]: group[1:] for group in groups}
 
 
 def _places(values: Sequence[str]) -> tuple[dict[str, float], bool]:
