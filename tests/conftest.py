@@ -113,6 +113,22 @@ def random_models(tmp_path_factory, random_encoders) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="session")
+def motionworld(tmp_path_factory) -> Path:
+    """Folder with shards and database of 20 synthetic clips, encoded with the shipped encoders; shared by all test
+    processes, so nobody may write into it."""
+    from hydra import compose, initialize_config_dir
+
+    from motionrag.cli.train import make_motionworld
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "motionworld"
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        encoders = compose("train", overrides=["stage=adapter", "run_dir=.", "shards=.", "db=."]).encoders
+    make_motionworld(str(folder), 20, 0, {"known": 1.0}, encoders)
+    return folder
+
+
 # What takes longest starts first, so that at the end no process waits for another's long file.
 LONGEST = (
     "slurm/test_slurm.py", "test_plugin.py", "lit/test_sharding.py", "backbones/test_contract.py", "cli/test_evaluate_protocol.py",

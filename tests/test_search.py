@@ -6,7 +6,6 @@ import json
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 
 from motionrag import cli
 from motionrag.cli import train
@@ -106,13 +105,11 @@ def test_a_sweep_of_wandb(search):
     }
 
 
-def test_a_real_search_prunes(tmp_path, monkeypatch, capsys):
+def test_a_real_search_prunes(tmp_path, monkeypatch, capsys, motionworld):
     """Three trainings; the one whose learning rate is absurd ends at its first validation."""
     monkeypatch.chdir(tmp_path)
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf_dir())):
-        encoders = compose("train", overrides=["stage=cama", "run_dir=.", *WORDS]).encoders
-    train.make_motionworld(str(tmp_path / "data"), 16, 0, {"known": 1.0}, encoders)
-    words = "experiment=smoke_cama make=null db=data/db logger=csv sweeper=search callbacks=pruning".split()
+    words = "experiment=smoke_cama make=null logger=csv sweeper=search callbacks=pruning".split()
+    words += [f"db={motionworld}/db"]
     words += [
         "module.optimizer.lr=1e-4,1e-3,10",
         "sweeper.trials=3",

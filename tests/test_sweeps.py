@@ -12,11 +12,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from motionrag import cli, sweeps
-from motionrag.cli import launch, train
+from motionrag.cli import launch
 from motionrag.errors import MotionRAGError
 
 # ---------------------------------------------------------------- a verb that computes nothing
@@ -308,14 +307,11 @@ class Killer(L.Callback):
 """
 
 
-def test_two_processes_in_a_sweep_and_a_dead_one(motionrag, root, tmp_path):
+def test_two_processes_in_a_sweep_and_a_dead_one(motionrag, motionworld, root, tmp_path):
     (tmp_path / "killer.py").write_text(KILLER)
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf_dir())):
-        encoders = compose("train", overrides=["stage=adapter", "run_dir=.", "shards=.", "db=."]).encoders
-    train.make_motionworld(str(tmp_path / "data"), 24, 0, {"known": 1.0}, encoders)
     done = motionrag(
         *"train experiment=smoke trainer=ddp_cpu trainer.devices=2 seed=1,2 -m hydra.sweep.dir=S".split(),
-        *"make=null shards=data/shards db=data/db".split(),
+        *f"make=null shards={motionworld}/shards db={motionworld}/db".split(),
         "+callbacks.killer={_target_: killer.Killer, seed: ${seed}}",
         PYTHONPATH=os.pathsep.join([str(root / "src"), str(tmp_path)]),
         OMP_NUM_THREADS="1",

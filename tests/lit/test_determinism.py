@@ -13,13 +13,13 @@ def config(*overrides):
         return compose("train", overrides=["logger=csv", "callbacks.progress.refresh_rate=0", *overrides])
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Overrides that name shards and database of a few clips."""
-    out = tmp_path_factory.mktemp("world") / "data"
-    cfg = config("stage=adapter", "run_dir=.", "shards=.", "db=.")
-    train.make_motionworld(str(out), 16, 0, {"known": 1.0}, cfg.encoders)
-    return {"smoke": [f"shards={out}/shards", f"db={out}/db"], "smoke_cama": [f"db={out}/db"]}
+@pytest.fixture
+def world(motionworld):
+    """Experiment -> overrides that name shards and database of a few clips."""
+    return {
+        "smoke": [f"shards={motionworld}/shards", f"db={motionworld}/db"],
+        "smoke_cama": [f"db={motionworld}/db"],
+    }
 
 
 def run(world, experiment, run_dir, *overrides):

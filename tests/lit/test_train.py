@@ -31,13 +31,10 @@ def config(*overrides):
         return compose("train", overrides=list(overrides))
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
+@pytest.fixture
+def world(motionworld):
     """Overrides that name shards and database of 20 synthetic clips, encoded with the shipped encoders."""
-    out = tmp_path_factory.mktemp("world") / "data"
-    cfg = config("stage=adapter", "run_dir=.", "shards=.", "db=.")
-    train.make_motionworld(str(out), 20, 0, {"known": 1.0}, cfg.encoders)
-    return ["make=null", f"shards={out}/shards", f"db={out}/db"]
+    return ["make=null", f"shards={motionworld}/shards", f"db={motionworld}/db"]
 
 
 def losses(run_dir, name="train/loss"):

@@ -49,14 +49,11 @@ def config(*overrides):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> dict[str, list[str]]:
+def data(motionworld) -> dict[str, list[str]]:
     """Experiment -> overrides that run it on a few synthetic clips."""
-    out = tmp_path_factory.mktemp("world") / "data"
-    encoders = config("stage=adapter", "run_dir=.", "shards=.", "db=.").encoders
-    train.make_motionworld(str(out), 16, 0, {"known": 1.0}, encoders)
-    words = ["logger=csv", "make=null", f"db={out}/db"]
+    words = ["logger=csv", "make=null", f"db={motionworld}/db"]
     return {
-        "smoke": ["experiment=smoke", *words, f"shards={out}/shards"],
+        "smoke": ["experiment=smoke", *words, f"shards={motionworld}/shards"],
         "smoke_cama": ["experiment=smoke_cama", *words],
     }
 
@@ -130,7 +127,14 @@ def test_a_preempted_run_on_two_nodes_continues(cluster, data, tmp_path):
         wait(lambda: len(losses(run)) >= 3, sweep)
         nodes = ["squeue", "--me", "--noheader", "--states=RUNNING", "--format=%N"]
         assert subprocess.run(nodes, env=environment, capture_output=True, text=True).stdout == "node[1-2]\n"
-        hold = ["sbatch", "--partition=hi", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+        hold = [
+            "sbatch",
+            "--partition=hi",
+            "--nodes=2",
+            "--exclusive",
+            "--output=/dev/null",
+            "--wrap=sleep 1",
+        ]
         subprocess.run(hold, env=environment, check=True, capture_output=True)
         out, _ = sweep.communicate(timeout=900)
     finally:
