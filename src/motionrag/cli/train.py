@@ -281,7 +281,9 @@ def wandb_logger(save_dir: str, resume: str | bool | None = None, **options: Any
     try:
         import wandb
     except ModuleNotFoundError:
-        print("W&B is not installed: numbers are kept in the run folder alone (logger=csv says no more of it)")
+        print(
+            "W&B is not installed: numbers are kept in the run folder alone (logger=csv says no more of it)"
+        )
         return None
     from lightning.pytorch.loggers import WandbLogger
 
@@ -303,7 +305,9 @@ def wandb_logger(save_dir: str, resume: str | bool | None = None, **options: Any
             logger.experiment  # noqa: B018 (asks the server)
         except wandb.Error as error:
             reason = str(error).splitlines()[0]
-            print(f"W&B cannot be reached, the run is kept offline ({reason}); later: wandb sync {save_dir}/wandb/*")
+            print(
+                f"W&B cannot be reached, the run is kept offline ({reason}); later: wandb sync {save_dir}/wandb/*"
+            )
             os.environ["WANDB_MODE"] = "offline"
             return WandbLogger(offline=True, **options)
     return logger
