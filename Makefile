@@ -31,8 +31,9 @@ demo: venv ## the whole pipeline on synthetic clips; leaves outputs/demo/report.
 	$(BIN)/motionrag demo
 	@echo "Open outputs/demo/report.html in a browser (one file, works offline)."
 
+# one thread each: two processes of two threads wait for one another most of the time
 test: venv ## run the tests, two at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: venv ## check style and formatting
 	$(BIN)/ruff check .
