@@ -32,9 +32,10 @@ PEER_LOST = (
     "Connection reset by peer",
     "Broken pipe",
     "NCCL",
-    "[gloo",
+    "gloo",
     "SIGTERM",
 )
+PEER_LOST_WAIT = 3  # seconds; the agent looks at its processes ten times a second
 log = logging.getLogger(__name__)
 
 
@@ -200,7 +201,14 @@ def _rank(work: Callable[[DictConfig], dict[str, Any]], cfg: dict[str, Any]) -> 
     except Exception as error:
         if line := user_message(error):
             raise MotionRAGError(line) from error
+        if _peer_lost(str(error)):
+            # The agent reports one process, of two that ended between two looks the lower rank: let it see the other.
+            time.sleep(PEER_LOST_WAIT)
         raise
+
+
+def _peer_lost(message: str) -> bool:
+    return any(word in message for word in PEER_LOST)
 
 
 def _reason(failures: dict[int, Any], count: int) -> str:
@@ -208,7 +216,7 @@ def _reason(failures: dict[int, Any], count: int) -> str:
 
     def order(number: int) -> tuple[bool, bool, int]:
         message = failures[number].message
-        consequence = isinstance(message, dict) and any(word in message["message"] for word in PEER_LOST)
+        consequence = isinstance(message, dict) and _peer_lost(message["message"])
         return (
             consequence or "SIGTERM" in str(message),
             failures[number].exitcode >= 0,
