@@ -257,6 +257,22 @@ class CaptionEncoder(FrozenEncoder):
         states = self.model[0].auto_model(**batch).last_hidden_state
         return states.float(), batch["attention_mask"].bool()
 
+    @torch.no_grad()
+    def words(self, captions: list[str]) -> list[Tensor]:
+        """Last hidden states (L, D) float32 of each caption's own tokens, on the encoder's device.
+
+        Without padding and without the marks that a tokenizer puts around a sentence; L is at least 1 unless a
+        caption is empty.
+        """
+        states = self.model.encode(captions, output_value="token_embeddings", show_progress_bar=False)
+        marks = self.model.tokenizer(
+            captions, truncation=True, max_length=self.model.max_seq_length, return_special_tokens_mask=True
+        )["special_tokens_mask"]
+        return [
+            state[: len(mark)][~torch.tensor(mark, dtype=torch.bool, device=state.device)].float()
+            for state, mark in zip(states, marks, strict=True)
+        ]
+
 
 def _from_pretrained(cls: type, path: str, revision: str | None) -> tuple[nn.Module, list[str]]:
     """The float32 model and the names of weights that the folder lacks."""

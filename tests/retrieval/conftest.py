@@ -40,6 +40,7 @@ def write_store(tmp_path):
         prefix="c",
         extra=lambda number: {},
         embeddings=None,
+        caption_width=WIDTH,
         motion_encoder=None,
         precision="fp16",
     ):
@@ -48,7 +49,8 @@ def write_store(tmp_path):
             out / STORE,
             {
                 "shards": [{"file": f"clips-{part}.tar"} for part in range(len(sizes))],
-                "encoders": {role: FakeEncoder().identity for role in ("motion", "appearance", "caption")}
+                "encoders": {role: FakeEncoder().identity for role in ("motion", "appearance")}
+                | {"caption": FakeEncoder().identity | {"width": caption_width}}
                 | ({"motion": motion_encoder} if motion_encoder else {}),
                 "sampling": {},
             },

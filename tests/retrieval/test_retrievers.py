@@ -1,14 +1,19 @@
 """What every retriever owes, then what each is for."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import normalize
 
+from motionrag.encoders import CaptionEncoder
 from motionrag.errors import MotionRAGError
 from motionrag.retrieval.database import RetrievalDatabase
 from motionrag.retrieval.report import assess
 from motionrag.retrieval.retrievers import (
     ImageRetriever,
+    LateInteractionRetriever,
     OracleRetriever,
     RandomRetriever,
     TextImageRetriever,
@@ -17,7 +22,7 @@ from motionrag.retrieval.retrievers import (
 )
 
 CLIPS = 30
-KINDS = ("text", "text_diverse", "image", "text_image", "random", "oracle")
+KINDS = ("text", "text_diverse", "late_interaction", "image", "text_image", "random", "oracle")
 
 
 class FakeEncoder:
@@ -29,6 +34,15 @@ class FakeEncoder:
 
     def encode(self, texts):
         return self.features[None].expand(len(texts), -1)
+
+    def words(self, texts):
+        """A direction for each word."""
+        return [
+            torch.stack(
+                [torch.randn(5, generator=torch.Generator().manual_seed(sum(map(ord, w)))) for w in t.split()]
+            )
+            for t in texts
+        ]
 
     def __call__(self, image):
         assert image.shape == (1, 3, 8, 8)
@@ -47,12 +61,14 @@ def made(write_database):
         retriever = {
             "text": lambda **o: TextRetriever(db, text, **o),
             "text_diverse": lambda **o: TextRetriever(db, text, diversity=0.3, **o),
+            "late_interaction": lambda **o: LateInteractionRetriever(db, text, **o),
             "image": lambda **o: ImageRetriever(db, look, **o),
             "text_image": lambda **o: TextImageRetriever(db, text, look, **{"pool": 8} | o),
             "random": lambda **o: RandomRetriever(db, **o),
             "oracle": lambda **o: OracleRetriever(db, **o),
         }[kind](**options)
-        return retriever, clip["motion"] if kind == "oracle" else "words", torch.zeros(3, 8, 8)
+        query = {"oracle": clip["motion"], "late_interaction": "motion 3"}.get(kind, "words")
+        return retriever, query, torch.zeros(3, 8, 8)
 
     return db, features, make
 
@@ -141,6 +157,41 @@ def test_diversity_lets_copies_give_way(write_database):
     assert diverse(embeddings, scores, 3, 1.0) == [0, 5, 6]
     with pytest.raises(MotionRAGError, match="diversity=2: expected a number from 0"):
         TextRetriever(db, FakeEncoder(query), diversity=2)
+
+
+def test_late_interaction_compares_words(write_database):
+    captions = ["it slides to the left", "it slides to the right", "it glides rightwards", "it grows larger"]
+    real = CaptionEncoder()
+    encoder = SimpleNamespace(
+        encode=real.encode,
+        words=real.words,
+        identity=FakeEncoder(np.zeros(1)).identity | {"width": real.width},
+    )
+    path, _ = write_database(
+        (4,),
+        embeddings=real.encode(captions).numpy(),
+        caption_width=real.width,
+        extra=lambda number: {"motion_caption": captions[number]},
+    )
+    db = RetrievalDatabase(path)
+    retriever = LateInteractionRetriever(db, encoder)
+    ids, scores = retriever.retrieve(captions[0], 4)
+    assert ids[0] == "c0" and scores[0] == pytest.approx(1, abs=1e-5) and ids[-1] == "c3"
+    words = real.words(captions)
+    assert [len(w) for w in words] == [5, 5, 6, 3]  # words as the tokenizer cuts them: "glide ##s right ##wards"
+    mean = torch.cat(words).mean(0)
+    query = normalize(real.words(["goes to the left"])[0] - mean)
+    likeness = [float((query @ normalize(w - mean).T).amax(1).mean()) for w in words]
+    ids, scores = retriever.retrieve("goes to the left", 4)
+    assert ids == [f"c{row}" for row in np.argsort(likeness)[::-1]] and ids[0] == "c0"
+    np.testing.assert_allclose(scores, sorted(likeness)[::-1], atol=1e-5)
+    near = TextRetriever(db, encoder).retrieve("goes to the left", 2)[0]
+    small = LateInteractionRetriever(db, encoder, pool=2)
+    assert set(small.retrieve("goes to the left", 2)[0]) == set(near)
+    assert len(small.retrieve("goes to the left", 3)[0]) == 3  # a pool below k is one of k
+    for wrong, got in ((np.zeros(real.width, "f4"), "an embedding"), (" ", "an empty one")):
+        with pytest.raises(MotionRAGError, match=f"compares words: expected a text as query, got {got}"):
+            retriever.retrieve(wrong, 1)
 
 
 def test_images_are_compared_by_their_class_tokens(made):

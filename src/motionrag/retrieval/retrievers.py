@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch.nn.functional import normalize
 
 from motionrag.encoders import AppearanceEncoder, CaptionEncoder
 from motionrag.errors import MotionRAGError
@@ -22,6 +23,8 @@ from motionrag.retrieval.index import exact_search
 Query = str | np.ndarray | torch.Tensor
 #: For each clip asked for, so many are weighed against one another for diversity.
 WEIGHED = 5
+#: Captions whose words a late-interaction retriever remembers (about 15 kB each with MiniLM).
+REMEMBERED = 10_000
 
 
 class Retriever(Protocol):
@@ -63,6 +66,51 @@ class TextRetriever:
         ids, scores = self.db.search(embedding, count, exclude, self.where)[0]
         rows = diverse(self.db.caption_vectors(ids), scores, k, self.diversity)
         return [ids[row] for row in rows], scores[rows]
+
+
+class LateInteractionRetriever:
+    """Of the ``pool`` clips nearest in meaning, those whose motion captions hold each word of the query best.
+
+    One embedding of a sentence hardly tells "to the left" from "to the right"; those of its words, read in context,
+    do. The score is the mean over the query's words of the largest cosine with a word of the caption (late
+    interaction, Khattab and Zaharia 2020, with the words of an encoder that was not trained for it: so the pool's
+    mean word is taken off first). query: a text. Words of captions are encoded when first met and remembered. A pool
+    smaller than ``k`` is one of ``k``. Raises :class:`MotionRAGError` as :class:`TextRetriever`, and if asked with
+    an embedding or an empty text.
+    """
+
+    def __init__(
+        self, db: RetrievalDatabase, encoder: CaptionEncoder, pool: int = 100, where: Where = None
+    ) -> None:
+        self.nearest, self.words = TextRetriever(db, encoder, where), encoder.words
+        self.db, self.pool, self.where = db, pool, where
+        self._known: dict[str, torch.Tensor] = {}
+
+    def retrieve(
+        self, query: Query, k: int, exclude: Set[str] = frozenset(), image: torch.Tensor | None = None
+    ) -> tuple[list[str], np.ndarray]:
+        if not isinstance(query, str) or not query.strip():
+            raise MotionRAGError(
+                "late interaction compares words: expected a text as query, got "
+                + ("an empty one" if isinstance(query, str) else "an embedding")
+            )
+        count = min(max(self.pool, k), len(self.db.candidates(k, exclude, self.where)))
+        ids, _ = self.nearest.retrieve(query, count, exclude)
+        captions = [self.db.motion_caption(clip_id) for clip_id in ids]
+        distinct = list(dict.fromkeys(captions))
+        alike = dict(
+            zip(distinct, _late_interaction(self.words([query])[0], self._read(distinct)), strict=True)
+        )
+        scores = np.array([alike[caption] for caption in captions], dtype=np.float32)
+        order = np.argsort(-scores, kind="stable")[:k]
+        return [ids[row] for row in order], scores[order]
+
+    def _read(self, captions: list[str]) -> list[torch.Tensor]:
+        if len(self._known) > REMEMBERED:
+            self._known.clear()
+        if new := [caption for caption in captions if caption not in self._known]:
+            self._known.update(zip(new, self.words(new), strict=True))
+        return [self._known[caption] for caption in captions]
 
 
 class ImageRetriever:
@@ -180,6 +228,15 @@ def class_token(encoder: AppearanceEncoder, image: torch.Tensor | None) -> np.nd
         raise MotionRAGError("this retriever looks at the input picture and got none; give image=FILE")
     features = image if image.ndim == 2 else encoder(image.reshape(1, *image.shape[-3:]))[0]
     return _directions(_array(features)[0])
+
+
+def _late_interaction(query: torch.Tensor, captions: list[torch.Tensor]) -> list[float]:
+    """For each caption, words (L,D), the mean over the query's words (Q,D) of the largest cosine, without the mean word."""
+    lengths = [len(words) for words in captions]
+    words = torch.cat(captions)
+    mean = words.mean(0)
+    likeness = normalize(query - mean, dim=1) @ normalize(words - mean, dim=1).T
+    return [float(part.amax(1).mean()) for part in likeness.split(lengths, dim=1)]
 
 
 def diverse(embeddings: np.ndarray, scores: np.ndarray, k: int, diversity: float) -> list[int]:
