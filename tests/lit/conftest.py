@@ -5,9 +5,12 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from motionrag.backbones.cogvideox import CogVideoX
+from motionrag.checkpoint import read_weights
+from motionrag.cli import conf_dir, train
 from motionrag.data.datamodule import MotionDataModule, Part
 from motionrag.encoders import MotionEncoder
 from motionrag.lit.adapter_module import AdapterModule
@@ -181,5 +184,28 @@ def fit(tmp_path):
         except SystemExit:  # how Lightning passes on an interruption
             assert losses.stop
         return losses.values, trainer
+
+    return run
+
+
+@pytest.fixture
+def train_config():
+    """Compose the config of `motionrag train`, for a run that only writes files."""
+
+    def make(*overrides):
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            return compose("train", overrides=["logger=csv", "callbacks.progress.refresh_rate=0", *overrides])
+
+    return make
+
+
+@pytest.fixture
+def train_files(train_config, motionworld):
+    """Train the experiment smoke or smoke_cama on shards and database of a few clips; returns what `read_weights` does."""
+    places = {"smoke": [f"shards={motionworld}/shards"], "smoke_cama": []}
+
+    def run(experiment, run_dir, *overrides):
+        words = [f"experiment={experiment}", "make=null", f"run_dir={run_dir}", f"db={motionworld}/db"]
+        return read_weights(train.run(train_config(*words, *places[experiment], *overrides))["weights"])
 
     return run

@@ -2,37 +2,11 @@
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-
-from motionrag.checkpoint import read_weights
-from motionrag.cli import conf_dir, train
-
-
-def config(*overrides):
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        return compose("train", overrides=["logger=csv", "callbacks.progress.refresh_rate=0", *overrides])
-
-
-@pytest.fixture
-def world(motionworld):
-    """Experiment -> overrides that name shards and database of a few clips."""
-    return {
-        "smoke": [f"shards={motionworld}/shards", f"db={motionworld}/db"],
-        "smoke_cama": [f"db={motionworld}/db"],
-    }
-
-
-def run(world, experiment, run_dir, *overrides):
-    """Train; returns the weights."""
-    cfg = config(
-        f"experiment={experiment}", "make=null", f"run_dir={run_dir}", *world[experiment], *overrides
-    )
-    return read_weights(train.run(cfg)["weights"])
 
 
 @pytest.mark.parametrize("experiment", ["smoke", "smoke_cama"])
-def test_equal_seeds_equal_bits(experiment, world, tmp_path):
-    (a, about), (b, same) = (run(world, experiment, tmp_path / name, "trainer.max_steps=2") for name in "ab")
+def test_equal_seeds_equal_bits(experiment, train_files, tmp_path):
+    (a, about), (b, same) = (train_files(experiment, tmp_path / name, "trainer.max_steps=2") for name in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
     losses = [{k: v for k, v in m["about"]["metrics"].items() if "loss" in k} for m in (about, same)]
     assert losses[0] and losses[0] == losses[1]
@@ -40,9 +14,9 @@ def test_equal_seeds_equal_bits(experiment, world, tmp_path):
     assert about["about"]["seeds"] == {"init": 0, "data": 0, "noise": 0, "dropout": 0}
 
 
-def test_each_seed_moves_its_own_part():
+def test_each_seed_moves_its_own_part(train_config):
     def seeds(*overrides):
-        cfg = config("stage=adapter", "run_dir=.", "shards=.", "db=.", *overrides)
+        cfg = train_config("stage=adapter", "run_dir=.", "shards=.", "db=.", *overrides)
         return cfg.seeds.init, cfg.data.seed, cfg.module.seed, cfg.module.dropout_seed
 
     assert seeds("seed=5") == (5, 5, 5, 5)
@@ -52,12 +26,12 @@ def test_each_seed_moves_its_own_part():
     ]
 
 
-def test_one_process_and_two(world, tmp_path, monkeypatch):
+def test_one_process_and_two(train_files, tmp_path, monkeypatch):
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
-    whole, _ = run(world, "smoke_cama", tmp_path / "whole", "data.batch_size=4")
-    run(world, "smoke_cama", tmp_path / "parts", "data.batch_size=4", "trainer.max_steps=2")
+    whole, _ = train_files("smoke_cama", tmp_path / "whole", "data.batch_size=4")
+    train_files("smoke_cama", tmp_path / "parts", "data.batch_size=4", "trainer.max_steps=2")
     moved = ["trainer=ddp_cpu", "data.batch_size=2", "ckpt_path=last"]
-    parts, about = run(world, "smoke_cama", tmp_path / "parts", *moved)
+    parts, about = train_files("smoke_cama", tmp_path / "parts", *moved)
     assert about["about"]["steps"] == 4
     for key, value in whole.items():
         torch.testing.assert_close(

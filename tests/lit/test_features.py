@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from motionrag.cli import train
 from motionrag.data.datamodule import ShardClips
-from motionrag.data.features import fingerprint, write_features
+from motionrag.data.features import shards_fingerprint, write_features
 from motionrag.data.motionworld import make_dataset
 from motionrag.data.shards import ShardIndex, pack
 from motionrag.errors import MotionRAGError
@@ -31,7 +31,7 @@ def test_losses_are_those_of_the_clips_themselves(shards, adapter_module, fit, t
     )
     features = ShardClips(tmp_path / "features", **SIZE, fps=8)
     assert features.ids == clips.ids and features.made_by["backbone"]["frames"] == 9
-    assert features.made_by["shards"] == fingerprint(clips.stream)
+    assert features.made_by["shards"] == shards_fingerprint(clips.stream)
     assert features.read(0)["video"].shape == (1, 3, 32, 32)
     options = {"batch_size": 3, "val_check_interval": 2}
     expected, whole = fit(adapter_module(), 3, clips=clips, **options)
@@ -56,7 +56,7 @@ def test_a_killed_run_redoes_one_shard(shards, tmp_path):
     index = write_features(tmp_path / "f", clips, encode, {"name": "a"}, batch_size=3)
     assert encoded == clips.ids[:6] + clips.ids[3:]
     assert (
-        index["features"] == {"name": "a", "shards": fingerprint(clips.stream)}
+        index["features"] == {"name": "a", "shards": shards_fingerprint(clips.stream)}
         and len(ShardIndex.open(tmp_path / "f")) == 8
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == [".f.lock", "f"]

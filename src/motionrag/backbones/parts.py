@@ -49,7 +49,7 @@ def _read(folder: str, name: str, kind: type, precision: torch.dtype) -> Any:
     return network.eval().requires_grad_(False)
 
 
-def fingerprint(modules: Mapping[str, nn.Module]) -> str:
+def sampled_fingerprint(modules: Mapping[str, nn.Module]) -> str:
     """A short name for the weights of networks, from names, types, shapes and 16 values of each tensor spread over it.
 
     Networks of several GB take a moment, not minutes; a change of single values is not seen.

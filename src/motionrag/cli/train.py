@@ -173,7 +173,7 @@ def _clips(cfg: DictConfig, module: L.LightningModule) -> Any:
     """The clips of the configuration, or their features; raises MotionRAGError for features of other networks."""
     from hydra.utils import instantiate
 
-    from motionrag.data.features import fingerprint
+    from motionrag.data.features import shards_fingerprint
     from motionrag.data.stream import Shards
     from motionrag.errors import MotionRAGError
 
@@ -190,7 +190,7 @@ def _clips(cfg: DictConfig, module: L.LightningModule) -> Any:
         )
     if OmegaConf.is_missing(cfg, "shards") or cfg.shards is None:  # the features alone were copied here
         return clips
-    if source != fingerprint(Shards(cfg.shards, cfg.clips.cache, cfg.clips.cache_gb)):
+    if source != shards_fingerprint(Shards(cfg.shards, cfg.clips.cache, cfg.clips.cache_gb)):
         raise MotionRAGError(
             f"features={cfg.features} were made of other clips than those of shards={cfg.shards}: choose another "
             "folder, or shards=null to train on them"

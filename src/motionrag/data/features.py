@@ -30,7 +30,7 @@ from motionrag.io import atomic_path, read_json, sha256, write_json
 from motionrag.retrieval import catalog
 
 
-def fingerprint(shards: Shards) -> str:
+def shards_fingerprint(shards: Shards) -> str:
     """A short name for the contents of shards, the same wherever they lie."""
     digest = hashlib.sha256()
     for shard in shards.shards.values():
@@ -53,7 +53,7 @@ def write_features(
         out: folder that is to be.
         clips: what is encoded.
         encode: batch -> fields of MotionBatch.
-        about: JSON-able; kept in the index under `features`, with the clips' `fingerprint` as `shards`.
+        about: JSON-able; kept in the index under `features`, with the clips' `shards_fingerprint` as `shards`.
         batch_size: clips encoded together.
         max_bad: share of clips that may be unreadable before it stops with an error.
 
@@ -118,7 +118,7 @@ def _write_all(
         "shards": shards,
         "table": write_table(partial / "out", [shard["file"] for shard in shards]),
         "skipped": skipped,
-        "features": about | {"shards": fingerprint(clips.stream)},
+        "features": about | {"shards": shards_fingerprint(clips.stream)},
     }
     write_json(partial / "out" / INDEX, index)
     (partial / "out").rename(out)

@@ -4,18 +4,16 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
 from motionrag.backbones.base import RANDOM_WEIGHTS, Backbone, MotionInput
-from motionrag.backbones.parts import fingerprint
-from motionrag.checkpoint import check_state, load_weights
+from motionrag.backbones.parts import sampled_fingerprint
+from motionrag.checkpoint import load_weights
 from motionrag.data.batch import MotionBatch
 from motionrag.encoders import MotionEncoder
 from motionrag.errors import MotionRAGError
-from motionrag.lit.optimizers import MakeOptimizer, MakeScheduler, configured
-from motionrag.lit.sharding import shard
+from motionrag.lit.stage import MakeOptimizer, MakeScheduler, Stage
 from motionrag.modules.motion_adapter import MotionAdapter
 from motionrag.modules.resampler import Resampler
 
@@ -29,7 +27,7 @@ def step_seed(seed: int, purpose: str, position: int | tuple) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-class AdapterModule(L.LightningModule):
+class AdapterModule(Stage):
     """Trains the motion Resampler and the motion adapter through the backbone's own diffusion loss.
 
     The reference clip is the clip itself. Backbone and encoder are frozen and live outside the module tree: never in
@@ -70,7 +68,7 @@ class AdapterModule(L.LightningModule):
         seed: int = 0,
         dropout_seed: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, scheduler)
         # A tuple, because attributes that are modules would be registered.
         self._frozen = (backbone, motion_encoder)
         backbone.denoiser.requires_grad_(False).eval()
@@ -80,7 +78,6 @@ class AdapterModule(L.LightningModule):
         self.motion_adapter = motion_adapter(backbone.adapter_sites(), token_width=resampler.output_dim)
         if weights:
             load_weights(weights, resampler=self.resampler, motion_adapter=self.motion_adapter)
-        self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self.reference_dropout = reference_dropout
         self.seed, self.fixed_image_noise = seed, fixed_image_noise
         self.dropout_seed = seed if dropout_seed is None else dropout_seed
@@ -132,7 +129,7 @@ class AdapterModule(L.LightningModule):
             )
         about = {name: getattr(backbone, name) for name in ("name", "frames", "height", "width")}
         encoders = {k: v for k, v in vars(backbone).items() if isinstance(v, nn.Module) and k != "denoiser"}
-        about["weights"] = fingerprint(encoders)
+        about["weights"] = sampled_fingerprint(encoders)
         return {"backbone": about, "motion_encoder": dict(self.motion_encoder.identity)}
 
     def null_features(self) -> Tensor:
@@ -271,16 +268,6 @@ class AdapterModule(L.LightningModule):
             if kind == "context":
                 self.backbone.encoders_to("cpu")
         return torch.stack([kept[name] for name in names]).to(self.device)
-
-    def configure_model(self) -> None:
-        shard(self)
-
-    def configure_optimizers(self) -> Any:
-        return configured(self.parameters(), self._make_optimizer, self._make_scheduler)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "state_dict" in checkpoint:  # else the strategy has read, and checked, it already
-            check_state(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
 
     # --- looking at it -----------------------------------------------------------------------------------------
 

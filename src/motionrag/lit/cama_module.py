@@ -1,21 +1,17 @@
 """Stage 2: teach CAMA to predict a clip's motion tokens from reference clips."""
 
-from typing import Any
-
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from motionrag.checkpoint import check_state, load_weights
+from motionrag.checkpoint import load_weights
 from motionrag.data.batch import MotionBatch
-from motionrag.lit.optimizers import MakeOptimizer, MakeScheduler, configured
-from motionrag.lit.sharding import shard
+from motionrag.lit.stage import MakeOptimizer, MakeScheduler, Stage
 from motionrag.modules.cama import CAMA, cama_losses, sequence_order
 from motionrag.modules.resampler import Resampler
 
 
-class CAMAModule(L.LightningModule):
+class CAMAModule(Stage):
     """Trains CAMA, its appearance Resampler and start tokens on the motion tokens of a frozen motion Resampler.
 
     Training takes the squared error over all clips of the sequence, validation over the target's block, beside two
@@ -41,7 +37,7 @@ class CAMAModule(L.LightningModule):
         weights: str | None = None,
         cache: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, scheduler)
         if (resampler.tokens, resampler.output_dim) != (cama.tokens, cama.width):
             raise ValueError(
                 f"the motion Resampler gives {resampler.tokens} x {resampler.output_dim} tokens, "
@@ -53,7 +49,6 @@ class CAMAModule(L.LightningModule):
         self.cama = cama
         if weights:
             load_weights(weights, cama=cama)
-        self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self._kept: dict[str, Tensor] | None = {} if cache else None
 
     @property
@@ -123,13 +118,3 @@ class CAMAModule(L.LightningModule):
             self._kept.update(zip(new, tokens, strict=True))
         kept = torch.stack([self._kept[clip] for clip in rows]).to(features.device)
         return kept.unflatten(0, features.shape[:2])
-
-    def configure_model(self) -> None:
-        shard(self)
-
-    def configure_optimizers(self) -> Any:
-        return configured(self.parameters(), self._make_optimizer, self._make_scheduler)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "state_dict" in checkpoint:  # else the strategy has read, and checked, it already
-            check_state(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
