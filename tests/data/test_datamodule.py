@@ -108,12 +108,14 @@ def test_batches_check_themselves():
             MotionBatch(**{**good, **wrong}).check()
 
 
-def module(clips, world=1, rank=0, processed=0, **options):
+def module(clips, world=1, rank=0, processed=0, accumulate=1, **options):
     """A datamodule under a stand-in trainer."""
     data = MotionDataModule(clips, **{"batch_size": 2, "val_share": 0.3, **options})
     progress = SimpleNamespace(total=SimpleNamespace(processed=processed))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-    data.trainer = SimpleNamespace(world_size=world, global_rank=rank, fit_loop=loop)
+    data.trainer = SimpleNamespace(
+        world_size=world, global_rank=rank, fit_loop=loop, accumulate_grad_batches=accumulate
+    )
     return data
 
 
@@ -161,6 +163,11 @@ def test_resuming_with_other_processes_continues_at_the_same_clip():
     other = module(Numbers(9), batch_size=3, processed=5)
     other.load_state_dict(state)
     assert other.state_dict() == {"clips": 18, "batches": 5}
+
+
+def test_a_step_of_several_batches_counts_when_it_is_whole():
+    state = module(Numbers(9), batch_size=2, processed=5, accumulate=2).state_dict()
+    assert state == {"clips": 8, "batches": 4}
 
 
 class Large(Numbers):

@@ -68,9 +68,13 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     data = instantiate(cfg.data, clips=clips)
     weights = run_dir / "weights" / f"{cfg.stage_name}.safetensors"
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values()]
+    validate_every = cfg.trainer.get("val_check_interval")
+    if isinstance(validate_every, int):  # steps; Lightning counts batches, of which a step may take several
+        validate_every *= cfg.trainer.get("accumulate_grad_batches", 1)
     try:
         trainer = instantiate(
             cfg.trainer,
+            val_check_interval=validate_every,
             callbacks=[*callbacks, SaveWeights(weights, about, _inputs(cfg, clips.db))],
             logger=[made for logger in cfg.logger.values() if (made := instantiate(logger))],
             default_root_dir=str(run_dir),

@@ -373,8 +373,9 @@ class MotionDataModule(L.LightningDataModule):
         )
 
     def state_dict(self) -> dict[str, int]:
-        """Place in the stream, in clips over all processes, at the last finished batch."""
+        """Place in the stream, in clips over all processes, at the last optimizer step."""
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        batches -= batches % self.trainer.accumulate_grad_batches
         step = self.batch_size * self.trainer.world_size
         return {
             "clips": self._resumed["clips"] + (batches - self._resumed["batches"]) * step,

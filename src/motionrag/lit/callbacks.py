@@ -201,7 +201,8 @@ class Throughput(L.Callback):
         now = time.perf_counter()
         if self._since is not None:
             self._clips += len(batch) * trainer.world_size
-        if self._since is None or trainer.global_step % self.every_n_steps == 0:
+        stepped = (idx + 1) % trainer.accumulate_grad_batches == 0
+        if self._since is None or (stepped and trainer.global_step % self.every_n_steps == 0):
             if self._clips:
                 module.log("clips_per_second", self._clips / (now - self._since))
             self._since, self._clips = now, 0

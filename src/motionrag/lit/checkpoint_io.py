@@ -56,6 +56,24 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         self._pending.append(self._thread.submit(job, *args))
 
 
+def continue_from_step(checkpoint: dict[str, Any], batches_per_step: int) -> None:
+    """Let a run continue from the end of `checkpoint`'s last optimizer step, at `batches_per_step` from now on.
+
+    Lightning counts batches and keeps no gradients: continued with another number of accumulated batches, or from the
+    middle of a step, it would make one step of too few batches, and validate at other steps than before.
+    """
+    loop, step = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]
+    progress = loop["epoch_loop.batch_progress"]
+    total, current = progress["total"], progress["current"]
+    ahead = step * batches_per_step - total["processed"]
+    if ahead and total["completed"] < total["processed"]:  # saved in a batch, whose step Lightning will count
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1
+    for counts in (total, current):
+        counts.update({name: count + ahead for name, count in counts.items()})
+    if place := checkpoint.get("MotionDataModule"):  # counts clips of whole steps
+        place["batches"] = step * batches_per_step
+
+
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 

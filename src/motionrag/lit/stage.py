@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from motionrag.checkpoint import check_state
+from motionrag.lit.checkpoint_io import continue_from_step
 from motionrag.lit.sharding import shard
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -39,3 +40,4 @@ class Stage(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "state_dict" in checkpoint:  # else the strategy has read, and checked, it already
             check_state(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
+        continue_from_step(checkpoint, self.trainer.accumulate_grad_batches)
