@@ -227,6 +227,8 @@ def test_videos_by_anyone(run, folders):
     assert read("metrics.json")["conditions"].keys() == {"clips"}
     code, _, error = run("clips=made", "truth=real", "metrics=[motion_arrival]")
     assert code == 2 and "metric motion_arrival: MotionArrival: needs motion_tokens" in error
+    code, _, error = run("clips=made", "truth=real", "prompts=prompts.csv", "metrics=[fvd_tiny]")
+    assert code == 2 and "metric fvd: FVD: needs at least 2 clips of each domain, 'one' has 1" in error
 
 
 def _unequal(folder):
@@ -376,6 +378,9 @@ def test_a_failed_metric_fails_the_run_or_is_left_out():
     assert scores.differences() == {"motionrag": {"all": {"action_score": {"value": 0.0}}}}
     assert scores.metrics.failed["broken"] == "Broken: no weights"
     assert scores.metrics.failed["fvd"].startswith("FVD: ")
+    metrics = Metrics(makers(fvd=lambda: FVD(2, features)), "warn")
+    metrics.check_counts({"known": 2, "new": 1})
+    assert metrics.names == ["action_score"] and "'new' has 1" in metrics.failed["fvd"]
     with pytest.raises(MotionRAGError, match="no metric is left: .*no weights"):
         Scores(Metrics({"broken": Broken}, "warn")).add("backbone", "all", 0, batch("a"))
     with pytest.raises(MotionRAGError, match="metric_errors=no: choose fail or warn"):

@@ -271,6 +271,7 @@ def test_a_limit_is_per_domain(run, tmp_path):
         (["shards=gone"], "gone"),
         (["db=shards"], "db=shards"),
         (["steps=0"], "steps=0: expected at least 1"),
+        (["limit=1", "metrics=[fvd_tiny]"], "FVD: needs at least 2 clips of each domain, 'known' has 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import statistics
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -88,7 +89,7 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
     from motionrag.evaluation.conditions import CONDITIONS, Generation, References, warm_up
     from motionrag.evaluation.gallery import Gallery, VBench
     from motionrag.evaluation.scores import Scores
-    from motionrag.evaluation.split import read_split
+    from motionrag.evaluation.split import count_split, read_split
     from motionrag.metrics.batch import ClipBatch
     from motionrag.modules.fusion import Fusion
     from motionrag.retrieval.database import check_depth
@@ -107,10 +108,10 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
     for node in cfg.make:
         instantiate(node)
     check_inputs(cfg)
-    total = batches(cfg)
+    counts = count_split(str(cfg.shards), cfg.limit)
     db = open_database(cfg.db)
     check_depth(db, int(cfg.k))
-    metrics = load_metrics(cfg)
+    metrics = load_metrics(cfg, counts)
     model = build(cfg)
     model.check_database(db)
     find = References(db, instantiate(cfg.retriever, db=db), int(cfg.k), str(cfg.query), cfg.without)
@@ -121,6 +122,7 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
     vbench = VBench(out, fps) if cfg.export_vbench else None
 
     count, read_notes = 0, []
+    total = sum(-(-count // int(cfg.batch_size)) for count in counts.values())
     split = read_split(str(cfg.shards), model.backbone, cfg.limit, int(cfg.batch_size))
     for clips in track(split, description="evaluating", total=total):
         if not count:
@@ -173,7 +175,7 @@ def score_folders(cfg: DictConfig, out: Path) -> Work:
         raise MotionRAGError(f"{lacking}=DIR is missing: evaluate clips=DIR truth=DIR, or shards=DIR db=DB")
     made = dict(cfg.clips) if OmegaConf.is_dict(cfg.clips) else {"clips": str(cfg.clips)}
     folders = open_folders(made, str(cfg.truth), cfg.prompts)
-    metrics = load_metrics(cfg)
+    metrics = load_metrics(cfg, Counter(folders.domains.values()))
     scores = Scores(metrics, int(cfg.resamples))
     gallery = vbench = None
     for clip_id in track(folders.ids, description="evaluating"):
@@ -199,8 +201,8 @@ def score_folders(cfg: DictConfig, out: Path) -> Work:
     return scores, gallery, settings, []
 
 
-def load_metrics(cfg: DictConfig) -> Metrics:
-    """The metrics of the config, before anything is generated."""
+def load_metrics(cfg: DictConfig, clips: Mapping[str, int]) -> Metrics:
+    """The metrics of the config, checked against how many clips there are of each domain, before any is generated."""
     from hydra.utils import instantiate
 
     from motionrag.errors import MotionRAGError
@@ -209,7 +211,9 @@ def load_metrics(cfg: DictConfig) -> Metrics:
     if not cfg.metrics:
         raise MotionRAGError("metrics=[]: choose at least one, e.g. metrics=[action_score,dino_score]")
     makers = {str(name): partial(instantiate, node) for name, node in cfg.metrics.items()}
-    return Metrics(makers, str(cfg.metric_errors))
+    metrics = Metrics(makers, str(cfg.metric_errors))
+    metrics.check_counts(clips)
+    return metrics
 
 
 def check_inputs(cfg: DictConfig) -> None:
@@ -225,14 +229,6 @@ def check_inputs(cfg: DictConfig) -> None:
         raise MotionRAGError(
             f"evaluate needs {given}: motionrag evaluate shards=DIR db=DB, protocol=NAME, or clips=DIR truth=DIR"
         )
-
-
-def batches(cfg: DictConfig) -> int | None:
-    """How many batches a split gives, if that can be told beforehand."""
-    from motionrag.data.shards import ShardIndex
-
-    clips = len(ShardIndex.open(str(cfg.shards)))
-    return None if cfg.limit is not None else -(-clips // int(cfg.batch_size))
 
 
 def changes(cfg: DictConfig) -> list[str]:

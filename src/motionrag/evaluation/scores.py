@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -54,6 +55,20 @@ class Metrics:
             self.failed.setdefault(name, reason[0])
             self._some_left()
             return None
+
+    def check_counts(self, clips: Mapping[str, int]) -> None:
+        """Fail what needs more than these clips (domain -> how many): before they are made, not after."""
+
+        def check(metric: ClipMetric) -> None:
+            domain, count = min(clips.items(), key=lambda item: item[1])
+            if count < metric.least_clips:
+                raise MotionRAGError(
+                    f"{type(metric).__name__}: needs at least {metric.least_clips} clips of each domain, "
+                    f"'{domain}' has {count}; give more clips, or leave it out of metrics=[...]"
+                )
+
+        for name in self.names:
+            self.attempt(name, partial(check, self.templates[name]))
 
     @property
     def names(self) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from motionrag.backbones.base import Backbone
 from motionrag.data.shards import ClipRecord, ShardIndex, read_shard
+from motionrag.data.stream import Shards
 from motionrag.data.video import read_clip
 from motionrag.errors import MotionRAGError
 from motionrag.generate import fit, to_float
+from motionrag.retrieval import catalog
 
 
 @dataclass
@@ -42,6 +45,13 @@ class TestClips:
         return [record["caption"] for record in self.records]
 
 
+def count_split(shards: str | Path, limit: int | None) -> Counter[str]:
+    """Domain -> how many clips `read_split` gives of it, from the clip table alone."""
+    table = Shards(shards).table
+    counts = Counter(_domain(catalog.record(table, row)["metadata"]) for row in range(len(table)))
+    return counts if limit is None else Counter({name: min(n, limit) for name, n in counts.items()})
+
+
 def read_split(
     shards: str | Path, backbone: Backbone, limit: int | None, batch_size: int
 ) -> Iterator[TestClips]:
@@ -54,7 +64,7 @@ def read_split(
     counts: dict[str, int] = {}
     for file in ShardIndex.open(shards).files:
         for record, data in read_shard(file):
-            domain = str(record.metadata.get("domain") or "all")
+            domain = _domain(record.metadata)
             if limit is not None and counts.get(domain, 0) >= limit:
                 continue
             counts[domain] = counts.get(domain, 0) + 1
@@ -69,6 +79,10 @@ def read_split(
     for domain, rest in waiting.items():
         if rest:
             yield _batch(domain, rest)
+
+
+def _domain(metadata: Mapping[str, Any]) -> str:
+    return str(metadata.get("domain") or "all")
 
 
 def _batch(domain: str, clips: list[tuple[ClipRecord, Tensor, str]]) -> TestClips:

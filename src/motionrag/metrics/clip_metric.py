@@ -33,6 +33,8 @@ class ClipMetric(Metric):
     is_differentiable = False
     #: fields of ClipBatch that `add` reads
     needs: tuple[str, ...] = ("video", "truth")
+    #: fewest clips that it has a value for
+    least_clips: int = 1
     #: names of the states that hold rows
     kept: tuple[str, ...]
 

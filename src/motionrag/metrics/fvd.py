@@ -14,3 +14,5 @@ class FVD(FrechetDistance):
     tokens; such values compare only with one another (Ge et al., arXiv 2404.12391, argue for them: they see motion
     where I3D sees single frames).
     """
+
+    least_clips = 2
