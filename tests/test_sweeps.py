@@ -85,6 +85,21 @@ def test_folders_and_table(sweep):
     )
 
 
+def test_reading_a_sweep_writes_only_what_changed(sweep):
+    def inodes() -> list[int]:  # a written file is another one
+        return [(sweep.folder / name).stat().st_ino for name in ("sweep.json", "sweep.csv")]
+
+    assert sweep("k=1") == 0
+    before = inodes()
+    sweeps.write_table(sweep.folder)
+    assert inodes() == before
+    sweeps.mark_pruned(sweep.folder / "point")
+    assert all(new != old for new, old in zip(inodes(), before, strict=True))
+    (sweep.folder / "sweep.csv").unlink()
+    sweeps.write_table(sweep.folder)
+    assert "pruned" in (sweep.folder / "sweep.csv").read_text()
+
+
 def test_finished_points_are_not_run_again(sweep, capsys):
     assert sweep("k=1,2") == 0
     assert sweep("k=1,2,4") == 0

@@ -151,7 +151,7 @@ def slurm_job() -> str | None:
 
 
 def write_table(folder: Path) -> list[dict[str, Any]]:
-    """Look at every point, write `sweep.json` and `sweep.csv`, return the rows.
+    """Look at every point, write `sweep.json` and `sweep.csv` where they say otherwise, return the rows.
 
     A row: name, parameters, seed, state (waiting, queued, running, finished, pruned, failed, stopped), step, metrics, seconds,
     error, folder, log. `stopped` was running and is not any more; `queued` waits in Slurm.
@@ -184,8 +184,11 @@ def write_table(folder: Path) -> list[dict[str, Any]]:
                 "log": str(logs[0]) if logs else None,
             }
         )
-    write_json(folder / "sweep.json", {**sweep, "points": rows})
-    write_text(folder / "sweep.csv", _csv(rows))
+    if sweep != (seen := {**sweep, "points": rows}):
+        write_json(folder / "sweep.json", seen)
+    table, text = folder / "sweep.csv", _csv(rows)
+    if not table.is_file() or table.read_text(encoding="utf-8") != text:
+        write_text(table, text)
     return rows
 
 
