@@ -199,6 +199,18 @@ def started(sweep):
     return state
 
 
+def test_a_loss_that_is_not_finite_is_no_value(tmp_path):
+    log = tmp_path / "a/csv/version_0/metrics.csv"
+    log.parent.mkdir(parents=True)
+    log.write_text("step,train/loss,val/loss\n0,0.5,0.25\n1,nan,\n")
+    point = {"name": "a", "parameters": {}, "overrides": []}
+    (tmp_path / "sweep.json").write_text(
+        json.dumps({"schema": sweeps.SCHEMA, "launches": [], "points": [point]})
+    )
+    (row,) = sweeps.write_table(tmp_path)
+    assert (row["step"], row["metrics"]) == (2, {"val/loss": 0.25})
+
+
 def test_states_of_processes(started):
     assert started() == "running"
     assert started(pid=2**22 + 1) == "stopped"  # above every process id

@@ -245,7 +245,7 @@ def _numbers(evaluation: dict[str, Any]) -> dict[Metric, float]:
 
 
 def _logged(values: dict[str, float]) -> dict[Metric, float]:
-    return {Metric(name): value for name, value in values.items() if math.isfinite(value)}
+    return {Metric(name): value for name, value in values.items()}
 
 
 def _number(text: str | None) -> int | float | None:

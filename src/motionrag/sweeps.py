@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import logging
+import math
 import os
 import re
 import socket
@@ -237,7 +238,7 @@ def _outcome(results: dict[str, Any]) -> tuple[int | None, dict[str, float]]:
 
 
 def _progress(run: Path) -> tuple[int | None, dict[str, float]]:
-    """Steps done and the last value of everything logged so far."""
+    """Steps done and the last value of everything logged so far, but for those that are not finite."""
     step, metrics = None, {}
     for path in sorted(run.glob("csv/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
         with path.open(newline="", encoding="utf-8") as file:
@@ -246,7 +247,7 @@ def _progress(run: Path) -> tuple[int | None, dict[str, float]]:
                 step = int(numbers.pop("step", -1)) + 1 or step
                 numbers.pop("epoch", None)
                 metrics |= numbers
-    return step, metrics
+    return step, {key: value for key, value in metrics.items() if math.isfinite(value)}
 
 
 def _seed(run: Path) -> int | None:
