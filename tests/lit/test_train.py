@@ -105,13 +105,6 @@ def test_continuing_a_run_gives_the_same_losses(world, tmp_path):
     )
 
 
-def test_two_processes(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["train", "experiment=smoke", "trainer=ddp_cpu", "hydra.run.dir=run", *world]) == 0
-    assert len(losses(tmp_path / "run")) == 4
-    assert "4 steps" in capsys.readouterr().out
-
-
 def test_wandb_offline(world, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     logger = train.wandb_logger(save_dir=str(tmp_path), project="motionrag", group="test")

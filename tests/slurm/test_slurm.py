@@ -1,4 +1,5 @@
-"""Real Slurm, two nodes on one machine: a sweep as a job array, a failing job, one run over both nodes, preemption.
+"""Real Slurm, two nodes on one machine: a sweep as a job array of two tasks each, a failing job, one run over both nodes,
+preemption.
 
 Needs root and Debian's slurm-wlm and munge; where they are missing the tests are skipped and say so.
 """
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from motionrag.cli import conf_dir, train
@@ -76,6 +78,7 @@ def test_a_job_array_in_which_one_job_fails(cluster, data, motionrag, tmp_path):
     words = [
         "train",
         *data["smoke_cama"],
+        "trainer=ddp_cpu",  # two tasks on one node for each point
         "ckpt_path=null,none.ckpt",
         "launcher=slurm",
         "-m",
@@ -86,6 +89,10 @@ def test_a_job_array_in_which_one_job_fails(cluster, data, motionrag, tmp_path):
     assert "1 of 2 points failed, the first ckpt_path=none.ckpt: ckpt_path=none.ckpt: no such" in done.stderr
     states = {name: row["state"] for name, row in rows(tmp_path / "S").items()}
     assert states == {"ckpt_path=null": "finished", "ckpt_path=none.ckpt": "failed"}
+    run = tmp_path / "S" / "ckpt_path=null"
+    assert [len(list(run.glob(one))) for one in ("*.log", "csv/version_*")] == [1, 1]
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["MotionDataModule"]["clips"] == 4 * 2 * 4  # steps, tasks, clips of each
     (array,) = {path.name.split("_")[0] for path in (tmp_path / "S/.submitit").glob("[0-9]*")}
     command = ["scontrol", "--oneliner", "show", "job", array]
 
