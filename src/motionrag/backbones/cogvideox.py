@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from motionrag.backbones.base import MotionInput
-from motionrag.backbones.parts import read_parts
+from motionrag.backbones.parts import LatentModel, read_parts
 from motionrag.backbones.sampling import denoising, generators
 from motionrag.encoders import CaptionEncoder, resolve_weights
 from motionrag.errors import MotionRAGError
@@ -27,7 +27,6 @@ from motionrag.modules.diffusion import (
     first_frame_condition,
     for_each,
     image_noise_sigma,
-    noisy_image,
     v_loss,
 )  # fmt: skip
 
@@ -99,7 +98,7 @@ def adapter_sites(transformer: CogVideoXTransformer3DModel) -> dict[str, nn.Modu
     return {f"transformer_blocks.{i}.attn1": b.attn1 for i, b in enumerate(transformer.transformer_blocks)}
 
 
-class CogVideoX:
+class CogVideoX(LatentModel):
     """The frozen CogVideoX image-to-video model behind the `Backbone` protocol.
 
     Args:
@@ -193,51 +192,16 @@ class CogVideoX:
 
     # --- encoding --------------------------------------------------------------------------------------------------
 
-    @property
-    def device(self) -> torch.device:
-        """Where the denoiser is."""
-        return self.denoiser.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the denoiser."""
-        return self.denoiser.dtype
-
-    def to(self, *args, **kwargs) -> CogVideoX:
-        """Move VAE and denoiser."""
-        self.vae.to(*args, **kwargs)
-        self.denoiser.to(*args, **kwargs)
-        return self
-
     def encoders_to(self, device: torch.device | str) -> CogVideoX:
         """Move the text encoder."""
         if isinstance(self.text, nn.Module):
             self.text.to(device)
         return self
 
-    @torch.no_grad()
-    def encode_video(self, video: Tensor) -> Tensor:
-        """(B, T, 3, H, W) in [-1, 1] -> scaled latents (B, F, C, h, w): the posterior's mode."""
-        if tuple(video.shape[1:]) != (self.frames, 3, self.height, self.width):
-            raise MotionRAGError(
-                f"backbone {self.name} takes clips of {self.frames}x3x{self.height}x{self.width}, "
-                f"got {'x'.join(map(str, video.shape[1:]))}"
-            )
-        return self._encode(video.transpose(1, 2))
-
-    @torch.no_grad()
-    def encode_image(
-        self, image: Tensor, generator: Generators = None, noise_level: Tensor | None = None
-    ) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, 1, C, h, w), of the image plus noise of level (B,)."""
-        if noise_level is not None:
-            noise = randn_tensor(image.shape, generator, image.device, image.dtype)
-            image = noisy_image(image, noise_level, noise)
-        return self._encode(image[:, :, None])
-
     def _encode(self, video: Tensor) -> Tensor:
-        """(B, 3, T, H, W) -> scaled latents (B, F, C, h, w): the posterior's mode."""
-        posterior = self.vae.encode(video.to(self.vae.device, self.vae.dtype)).latent_dist
+        """(B, T, 3, H, W) -> scaled latents (B, F, C, h, w): the posterior's mode."""
+        video = video.transpose(1, 2).to(self.vae.device, self.vae.dtype)
+        posterior = self.vae.encode(video).latent_dist
         latents = posterior.mode().transpose(1, 2) * self.vae.config.scaling_factor
         return latents.float().to(self.device)
 

@@ -33,12 +33,12 @@ from motionrag.backbones.dynamicrafter_encoders import (
 )
 from motionrag.backbones.dynamicrafter_unet import TINY_UNET, DynamiCrafterUNet
 from motionrag.backbones.dynamicrafter_weights import load_checkpoint
-from motionrag.backbones.parts import read_parts
+from motionrag.backbones.parts import LatentModel, read_parts
 from motionrag.backbones.sampling import denoising, generators
 from motionrag.encoders import resolve_weights
 from motionrag.errors import MotionRAGError
 from motionrag.modules.ddim import Prediction, Schedule, Spacing, Step, ddim_step, guide
-from motionrag.modules.diffusion import Generators, add_noise, for_each, noisy_image, v_loss
+from motionrag.modules.diffusion import Generators, add_noise, for_each, v_loss
 
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 VAE = dict(
@@ -139,7 +139,7 @@ class Denoised:
     predictions: tuple[Tensor, ...]
 
 
-class DynamiCrafter:
+class DynamiCrafter(LatentModel):
     """The frozen DynamiCrafter behind the `Backbone` protocol.
 
     Args:
@@ -293,22 +293,6 @@ class DynamiCrafter:
 
     # --- places ----------------------------------------------------------------------------------------------------
 
-    @property
-    def device(self) -> torch.device:
-        """Where the denoiser is."""
-        return self.denoiser.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the denoiser."""
-        return self.denoiser.dtype
-
-    def to(self, *args, **kwargs) -> DynamiCrafter:
-        """Move VAE and denoiser."""
-        self.vae.to(*args, **kwargs)
-        self.denoiser.to(*args, **kwargs)
-        return self
-
     def encoders_to(self, device: torch.device | str) -> DynamiCrafter:
         """Move text encoder, image encoder and image Resampler."""
         for module in (self.text, self.image_encoder, self.image_resampler):
@@ -318,28 +302,8 @@ class DynamiCrafter:
 
     # --- encoding --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def encode_video(self, video: Tensor) -> Tensor:
-        """(B, T, 3, H, W) in [-1, 1] -> scaled latents (B, T, C, h, w): the posterior's mode of every frame."""
-        if tuple(video.shape[1:]) != (self.frames, 3, self.height, self.width):
-            raise MotionRAGError(
-                f"backbone {self.name} takes clips of {self.frames}x3x{self.height}x{self.width}, "
-                f"got {'x'.join(map(str, video.shape[1:]))}"
-            )
-        return self._encode(video)
-
-    @torch.no_grad()
-    def encode_image(
-        self, image: Tensor, generator: Generators = None, noise_level: Tensor | None = None
-    ) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, 1, C, h, w), of the image plus noise of level (B,)."""
-        if noise_level is not None:
-            noise = randn_tensor(image.shape, generator, image.device, image.dtype)
-            image = noisy_image(image, noise_level, noise)
-        return self._encode(image[:, None])
-
     def _encode(self, video: Tensor) -> Tensor:
-        """(B, T, 3, H, W) -> scaled latents (B, T, C, h, w) float32 on the denoiser's device."""
+        """(B, T, 3, H, W) -> scaled latents (B, T, C, h, w): the posterior's mode of every frame."""
         frames = video.flatten(0, 1).to(self.vae.device, self.vae.dtype)
         latents = self.vae.encode(frames).latent_dist.mode() * self.vae.config.scaling_factor
         return latents.unflatten(0, video.shape[:2]).float().to(self.device)

@@ -1,17 +1,20 @@
-"""A backbone's networks: reading them from diffusers' layout, one folder for each, and telling them apart."""
+"""A backbone's networks: reading them from diffusers' layout, one folder for each, telling them apart, and what is the
+same with all of them."""
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.utils import is_accelerate_available
+from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from motionrag.encoders import resolve_weights
 from motionrag.errors import MotionRAGError
+from motionrag.modules.diffusion import Generators, noisy_image
 
 
 def read_parts(path: str, dtype: str = "float32", **kinds: type) -> list[Any]:
@@ -63,3 +66,60 @@ def sampled_fingerprint(modules: Mapping[str, nn.Module]) -> str:
                 f"{name}.{key} {value.dtype} {tuple(value.shape)}".encode() + some.numpy().tobytes()
             )
     return digest.hexdigest()[:16]
+
+
+class LatentModel:
+    """A backbone whose denoiser works on the latents of an autoencoder: where these are, and the way into latents.
+
+    Attributes: name, frames, height and width as of `Backbone`; vae, denoiser.
+    """
+
+    name: str
+    frames: int
+    height: int
+    width: int
+    vae: nn.Module
+    denoiser: nn.Module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return self.denoiser.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the denoiser."""
+        return self.denoiser.dtype
+
+    def to(self, *args, **kwargs) -> Self:
+        """Move VAE and denoiser."""
+        self.vae.to(*args, **kwargs)
+        self.denoiser.to(*args, **kwargs)
+        return self
+
+    @torch.no_grad()
+    def encode_video(self, video: Tensor) -> Tensor:
+        """(B, T, 3, H, W) in [-1, 1] -> latents (B, F, C, h, w) float32: the posterior's mode.
+
+        Raises MotionRAGError for clips of another size.
+        """
+        if tuple(video.shape[1:]) != (self.frames, 3, self.height, self.width):
+            raise MotionRAGError(
+                f"backbone {self.name} takes clips of {self.frames}x3x{self.height}x{self.width}, "
+                f"got {'x'.join(map(str, video.shape[1:]))}"
+            )
+        return self._encode(video)
+
+    @torch.no_grad()
+    def encode_image(
+        self, image: Tensor, generator: Generators = None, noise_level: Tensor | None = None
+    ) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> latents (B, 1, C, h, w) float32, of the image plus noise of level (B,)."""
+        if noise_level is not None:
+            noise = randn_tensor(image.shape, generator, image.device, image.dtype)
+            image = noisy_image(image, noise_level, noise)
+        return self._encode(image[:, None])
+
+    def _encode(self, video: Tensor) -> Tensor:
+        """(B, T, 3, H, W) -> latents (B, F, C, h, w) float32, on the denoiser's device."""
+        raise NotImplementedError

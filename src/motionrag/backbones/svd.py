@@ -23,7 +23,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import logging
 
 from motionrag.backbones.base import MotionInput
-from motionrag.backbones.parts import read_parts
+from motionrag.backbones.parts import LatentModel, read_parts
 from motionrag.backbones.sampling import denoising, generators
 from motionrag.errors import MotionRAGError
 from motionrag.modules.diffusion import (
@@ -32,7 +32,6 @@ from motionrag.modules.diffusion import (
     edm_scalings,
     edm_sigma,
     image_noise_sigma,
-    noisy_image,
 )
 
 SCHEDULER = dict(
@@ -76,7 +75,7 @@ def adapter_sites(unet: UNetSpatioTemporalConditionModel) -> dict[str, nn.Module
     }
 
 
-class SVD:
+class SVD(LatentModel):
     """The frozen Stable Video Diffusion model behind the `Backbone` protocol.
 
     The adapter's sites are all spatial cross-attentions (`attn2`, 16 at full size). Each reads one image token, so its
@@ -159,22 +158,6 @@ class SVD:
 
     # --- encoding --------------------------------------------------------------------------------------------------
 
-    @property
-    def device(self) -> torch.device:
-        """Where the denoiser is."""
-        return self.denoiser.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the denoiser."""
-        return self.denoiser.dtype
-
-    def to(self, *args, **kwargs) -> SVD:
-        """Move VAE and denoiser."""
-        self.vae.to(*args, **kwargs)
-        self.denoiser.to(*args, **kwargs)
-        return self
-
     def encoders_to(self, device: torch.device | str) -> SVD:
         """Move the image encoder."""
         self.image_encoder.to(device)
@@ -183,29 +166,15 @@ class SVD:
     @torch.no_grad()
     def encode_video(self, video: Tensor) -> Tensor:
         """(B, T, 3, H, W) in [-1, 1] -> scaled latents (B, T, C, h, w): the posterior's mode of each frame."""
-        if tuple(video.shape[1:]) != (self.frames, 3, self.height, self.width):
-            raise MotionRAGError(
-                f"backbone {self.name} takes clips of {self.frames}x3x{self.height}x{self.width}, "
-                f"got {'x'.join(map(str, video.shape[1:]))}"
-            )
-        latents = self._encode(video.flatten(0, 1)).unflatten(0, video.shape[:2])
-        return latents * self.vae.config.scaling_factor
+        return super().encode_video(video) * self.vae.config.scaling_factor
 
-    @torch.no_grad()
-    def encode_image(
-        self, image: Tensor, generator: Generators = None, noise_level: Tensor | None = None
-    ) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> latents (B, 1, C, h, w), not scaled, of the image plus noise of level (B,)."""
-        if noise_level is not None:
-            noise = randn_tensor(image.shape, generator, image.device, image.dtype)
-            image = noisy_image(image, noise_level, noise)
-        return self._encode(image)[:, None]
-
-    def _encode(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> latents (N, C, h, w), `vae_chunk` images at once."""
-        chunks = images.to(self.vae.device, self.vae.dtype).split(self.vae_chunk or len(images))
+    def _encode(self, video: Tensor) -> Tensor:
+        """(B, T, 3, H, W) -> latents (B, T, C, h, w), not scaled, as the network takes an image's; `vae_chunk` frames
+        at once."""
+        frames = video.flatten(0, 1).to(self.vae.device, self.vae.dtype)
+        chunks = frames.split(self.vae_chunk or len(frames))
         latents = torch.cat([self.vae.encode(chunk).latent_dist.mode() for chunk in chunks])
-        return latents.float().to(self.device)
+        return latents.unflatten(0, video.shape[:2]).float().to(self.device)
 
     def image_noise_level(self, batch: int, generator: Generators = None) -> Tensor:
         """exp(N(-3, .5)) for each image, (B,)."""
