@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,22 +26,25 @@ from motionrag.metrics.optical_flow import lucas_kanade, warp
 
 
 @dataclass(frozen=True)
-class _VideoMAE:
+class _OfEncoder:
     path: str  # pkg:NAME, a folder or a hub id
     size: int = 224
     revision: str | None = None
     device: str | None = None
 
+    kind: ClassVar[type] = MotionEncoder
+
     def __post_init__(self) -> None:
         self.encoder  # noqa: B018  loads it
 
     @property
-    def encoder(self) -> MotionEncoder:
-        return _encoder(MotionEncoder, self.path, self.size, self.revision, _device(self.device))
+    def encoder(self) -> Any:
+        """The encoder of this kind, one for all that name the same weights."""
+        return _encoder(self.kind, self.path, self.size, self.revision, _device(self.device))
 
 
 @dataclass(frozen=True)
-class VideoLogits(_VideoMAE):
+class VideoLogits(_OfEncoder):
     """VideoMAE's class logits (B, classes). Raises MotionRAGError if the weights hold no classifier."""
 
     def __call__(self, video: Tensor) -> Tensor:
@@ -49,7 +52,7 @@ class VideoLogits(_VideoMAE):
 
 
 @dataclass(frozen=True)
-class VideoFeatures(_VideoMAE):
+class VideoFeatures(_OfEncoder):
     """VideoMAE's features, mean over tokens (B, D)."""
 
     def __call__(self, video: Tensor) -> Tensor:
@@ -57,20 +60,10 @@ class VideoFeatures(_VideoMAE):
 
 
 @dataclass(frozen=True)
-class FrameFeatures:
+class FrameFeatures(_OfEncoder):
     """DINOv2's CLS token of every frame (B, T, D)."""
 
-    path: str  # pkg:NAME, a folder or a hub id
-    size: int = 224
-    revision: str | None = None
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        self.encoder  # noqa: B018  loads it
-
-    @property
-    def encoder(self) -> AppearanceEncoder:
-        return _encoder(AppearanceEncoder, self.path, self.size, self.revision, _device(self.device))
+    kind: ClassVar[type] = AppearanceEncoder
 
     def __call__(self, video: Tensor) -> Tensor:
         return _one_by_one(lambda clip: self.encoder(clip[0])[None, :, 0], video, self.device)
