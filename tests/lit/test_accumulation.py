@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from motionrag.lit.callbacks import Progress
+
 STEPS = 5
 
 
@@ -76,8 +78,11 @@ def test_it_is_a_larger_batch(stage, request, run, tmp_path):
 def test_it_continues_at_a_whole_step(batch, accumulate, cama_module, run, tmp_path):
     whole, _ = run(cama_module, "whole", 1)
     run(cama_module, "parts", 2, SaveIn(tmp_path / "last.ckpt", batch))
-    parts, trainer = run(cama_module, "parts", accumulate, ckpt_path=tmp_path / "last.ckpt")
+    again = {"ckpt_path": tmp_path / "last.ckpt", "enable_progress_bar": True}
+    parts, trainer = run(cama_module, "parts", accumulate, Progress(), **again)
     assert trainer.global_step == STEPS
+    bar = trainer.progress_bar_callback.train_progress_bar
+    assert (bar.n, bar.total) == (STEPS * accumulate, STEPS * accumulate)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
     assert [step for step, _ in logged(tmp_path / "parts", "train/loss")] == [1, 3]
     assert [step for step, _ in logged(tmp_path / "parts", "val/loss")] == [1, 3]

@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
@@ -209,6 +210,21 @@ class Throughput(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._since, self._clips = None, 0
+
+
+class Progress(TQDMProgressBar):
+    """Lightning's bar over the batches of the whole run (its own ends after as many batches as there are steps left)."""
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Of the run, from its first start on."""
+        steps = self.trainer.max_steps
+        return steps * self.trainer.accumulate_grad_batches if steps > 0 else float("inf")
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        if trainer.max_steps > 0:  # Lightning sets it when an epoch starts: not in a run that continues
+            self.train_progress_bar.total = self.total_train_batches
 
 
 class SampleGrid(L.Callback):
