@@ -1,14 +1,16 @@
 """Run one experiment of this folder and write its table and plot: `make experiment NAME=headline`.
 
 `NAME/experiment.yaml` holds the question, what was concluded from the results beside it, the seeds and the arms; an arm is a list of overrides of `motionrag evaluate`
-that leave one condition. Every arm runs with all seeds, on the same test clips and the same noise. Finished runs are
-kept in outputs/experiments/runs, under a name made of their overrides and the weights that ship, and are not run again,
+that leave one condition. Where arms need weights of their own, `trainings` names overrides of `motionrag train`, and
+`trained:NAME` in an arm is the weights file that this left. Every arm runs with all seeds, on the same test clips and the same noise. Finished runs and
+trainings are kept in outputs/experiments, under a name made of their overrides and the weights that ship, and are not run again,
 also when another experiment asks for them. Written beside the yaml:
 
 - results.json: per arm, domain and metric the mean over clips and seeds with its standard error, and the paired
   difference to the baseline arm with its own; for metrics of a whole set (FVD) the mean over seeds and their standard
   deviation; settings, seeds, seconds of generation, the commits that ran
-  (a run is not repeated when code changes: remove outputs/experiments/runs for that)
+  (a run is not repeated when code changes: remove outputs/experiments/runs for that); of trainings
+  parameters, last validation loss and minutes
 - table.md, plot.png
 
 A standard error is over test clips: each clip's values are averaged over the seeds first, because one clip's seeds
@@ -20,6 +22,10 @@ import hashlib
 import importlib
 import json
 import math
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +35,7 @@ from omegaconf import OmegaConf
 
 from motionrag.cli import conf_dir
 from motionrag.cli.demo import join_tables
+from motionrag.data.motions import motions
 from motionrag.data.motionworld import make_dataset
 from motionrag.errors import MotionRAGError
 from motionrag.io import write_json, write_text
@@ -67,6 +74,11 @@ def world(db_clips: int, test_clips: int, seed: int) -> tuple[Path, Path]:
             folder = root / "test" / domain
             make_dataset(folder, test_clips, seed + 2, {domain: 1.0}, held_out=True, prefix=f"test-{domain}")
         table, videos = join_tables([root / "test" / d for d in ("known", "new")], root / "test")
+        rows = pd.read_csv(table)
+        rows["phrase"] = rows.action.map({m.name: m.phrases[0] for d in ("known", "new") for m in motions(d)})
+        rows.to_csv(
+            table, index=False
+        )  # `query=phrase`: what retrieval could do with the database's own words
         verb("pack", f"table={root}/world/clips.csv", f"videos={root}/world/videos", f"out={root}/shards")
         verb("pack", f"table={table}", f"videos={videos}", f"out={shards}")
         verb("encode", f"shards={root}/shards", f"out={db}")
@@ -77,6 +89,9 @@ def world(db_clips: int, test_clips: int, seed: int) -> tuple[Path, Path]:
 
 def run_arm(world_spec: dict[str, int], overrides: list[str]) -> Path:
     """The folder of one evaluation, which is run unless it was already with these weights."""
+    overrides = sorted(
+        {text.partition("=")[0]: text for text in overrides}.values()
+    )  # an arm's own word counts
     recipe = {"world": world_spec, "overrides": overrides}
     key = weights_hash()
     key.update(json.dumps(recipe, sort_keys=True).encode())
@@ -96,6 +111,43 @@ def run_arm(world_spec: dict[str, int], overrides: list[str]) -> Path:
             out / "recipe.json", recipe | {"commit": (git_state(HERE.parent) or {}).get("commit", "unknown")}
         )
     return out
+
+
+def settled(overrides: list[str]) -> list[str]:
+    """In one order, and of two for the same key the later: an arm's own word counts."""
+    return sorted({text.partition("=")[0]: text for text in overrides}.values())
+
+
+def with_weights(overrides: list[str], weights: dict[str, Path]) -> list[str]:
+    """The overrides with `trained:NAME` replaced by that training's weights file."""
+    return [re.sub(r"trained:(.+)", lambda found: str(weights[found[1]]), text) for text in overrides]
+
+
+def train(overrides: list[str]) -> tuple[Path, dict[str, Any]]:
+    """The weights file that one training leaves, and its parameters, last validation loss and minutes.
+
+    `overrides` are those of `motionrag train`. Trained unless it was already with the weights that ship.
+    """
+    key = weights_hash()
+    key.update(json.dumps(overrides).encode())
+    out = OUTPUTS / "trained" / key.hexdigest()[:16]
+    if not (out / "results.json").exists():
+        command = [
+            sys.executable,
+            "-m",
+            "motionrag.cli",
+            "train",
+            *overrides,
+            "logger=csv",
+            f"hydra.run.dir={out}",
+        ]
+        start = time.monotonic()
+        subprocess.run(command, check=True)
+        write_json(out / "minutes.json", round((time.monotonic() - start) / 60, 1))
+    results = json.loads((out / "results.json").read_text())
+    about = {"trainable_parameters": results["trainable_parameters"], "val_loss": results["objective"]}
+    about["minutes"] = json.loads((out / "minutes.json").read_text())
+    return next((out / "weights").glob("*.safetensors")), about
 
 
 def summarise(folders: dict[str, Path], baseline: str) -> dict[str, Any]:
@@ -189,10 +241,14 @@ def main(name: str) -> None:
         raise MotionRAGError(f"NAME={name}: no such experiment; choose from {', '.join(known)}")
     spec = OmegaConf.to_container(OmegaConf.load(folder / "experiment.yaml"))
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        folders = {
-            arm: run_arm(spec["world"], [*spec["common"], *overrides, f"seeds={spec['seeds']}"])
-            for arm, overrides in spec["arms"].items()
-        }
+        weights, trainings, folders = {}, {}, {}
+        for training, overrides in spec.get("trainings", {}).items():
+            weights[training], trainings[training] = train(
+                with_weights([*spec.get("common_training", []), *overrides], weights)
+            )
+        for arm, overrides in spec["arms"].items():
+            overrides = with_weights([*spec["common"], *overrides], weights)
+            folders[arm] = run_arm(spec["world"], [*overrides, f"seeds={spec['seeds']}"])
     table = summarise(folders, spec["baseline"])
     if any(math.isnan(v["mean"]) for d in table.values() for m in d.values() for v in m.values()):
         raise MotionRAGError(f"{name}: a mean is not a number; remove {OUTPUTS / 'runs'} and run again")
@@ -202,6 +258,8 @@ def main(name: str) -> None:
     about["commits"] = sorted(
         {json.loads((f / "recipe.json").read_text())["commit"] for f in folders.values()}
     )
+    if trainings:
+        about["trainings"] = trainings
     write_json(folder / "results.json", about | {"arms": table})
     head = "\n\n".join([f"# {name}", *(spec[k] for k in ("question", "conclusion") if k in spec), ""])
     write_text(folder / "table.md", head + markdown(table, spec["baseline"]))

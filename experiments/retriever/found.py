@@ -1,7 +1,7 @@
 """How many references show the motion that a held-out prompt asks for: `python experiments/retriever/found.py`.
 
-Test clips and database are those of `experiment.yaml` beside this file; writes found.json: for each domain the share of
-right clips among the first 1, 3 and 9, averaged over the test clips.
+Test clips and database are those of `experiment.yaml` beside this file; writes found.json: for each retriever and
+domain the share of right clips among the first 1, 3 and 9, averaged over the test clips.
 """
 
 import csv
@@ -21,28 +21,29 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from run import world  # noqa: E402
 
-DEPTHS = (1, 3, 9)
+DEPTHS, DOMAINS = (1, 3, 9), ("known", "new")
 
 
 def main() -> None:
-    shown = {p: m.name for domain in ("known", "new") for m in motions(domain) for p in m.phrases}
+    shown = {p: m.name for domain in DOMAINS for m in motions(domain) for p in m.phrases}
+    found: dict[str, dict] = {}
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
         folder, _ = world(**OmegaConf.load(HERE / "experiment.yaml").world)
-        cfg = compose("retrieve", overrides=[f"db={folder}"])
-    db = RetrievalDatabase(folder)
-    retriever, found = instantiate(cfg.retriever, db=db), {}
-    for domain in ("known", "new"):
-        with (folder.parent / "test" / domain / "clips.csv").open(newline="") as file:
-            prompts = list(csv.DictReader(file))
-        right = []
-        for row in prompts:
-            ids, _ = retriever.retrieve(row["motion_caption"], max(DEPTHS), set())
-            right.append([shown[db.clip(i)["motion_caption"]] == row["action"] for i in ids])
-        found[domain] = {
-            "clips": len(prompts),
-            **{str(k): sum(sum(r[:k]) / k for r in right) / len(right) for k in DEPTHS},
-        }
-    print(found)
+        db = RetrievalDatabase(folder)
+        for name in ("text", "late_interaction"):
+            retriever = instantiate(
+                compose("retrieve", overrides=[f"db={folder}", f"retriever={name}"]).retriever, db=db
+            )
+            for domain in DOMAINS:
+                with (folder.parent / "test" / domain / "clips.csv").open(newline="") as file:
+                    prompts = list(csv.DictReader(file))
+                right = []
+                for row in prompts:
+                    ids, _ = retriever.retrieve(row["motion_caption"], max(DEPTHS), set())
+                    right.append([shown[db.motion_caption(i)] == row["action"] for i in ids])
+                share = {str(k): round(sum(sum(r[:k]) / k for r in right) / len(right), 3) for k in DEPTHS}
+                found.setdefault(name, {})[domain] = {"clips": len(prompts), **share}
+                print(name, domain, found[name][domain])
     write_json(HERE / "found.json", found)
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from motionrag.checkpoint import save_weights
 from motionrag.data.datamodule import Part
 from motionrag.errors import MotionRAGError
+from motionrag.lit.cama_module import exchange_tokens
 from motionrag.modules.resampler import Resampler
 
 
@@ -46,6 +47,36 @@ def test_kept_tokens_are_the_computed_ones(cama_module, memory_clips):
         batch = part.__getitems__(positions)
         torch.testing.assert_close(keeping._predict(batch), plain._predict(batch))
     assert seen == [6]  # all three batches are of the clips 0, 4, 8 and 1, 5, 9
+
+
+def test_exchanged_tokens_agree_in_all_clips_of_a_sample():
+    torch.manual_seed(0)
+    samples, places = 400, 8
+    tokens = torch.arange(samples)[:, None, None, None].expand(samples, 4, places, 3).float()
+    mixed = exchange_tokens(tokens, 0.5)
+    assert torch.equal(mixed, mixed[:, :1].expand_as(mixed))  # the same places in references and target
+    foreign = mixed[:, 0, :, 0] != tokens[:, 0, :, 0]
+    before = (torch.arange(samples) - 1) % samples
+    assert torch.equal(mixed[:, 0, :, 0][foreign], before[:, None].expand(-1, places)[foreign].float())
+    assert foreign.float().mean().item() == pytest.approx(
+        0.25, abs=0.04
+    )  # half of the samples, half of their places
+    assert 0.35 < foreign.any(1).float().mean() < 0.5 and 0 < foreign.all(1).float().mean() < 0.15
+    assert exchange_tokens(tokens, 0.0) is tokens
+
+
+def test_exchange_is_for_training_only(cama_module, batch):
+    module, logged = cama_module(exchange=1.0), []
+    module.log = lambda name, value, **_: logged.append(value.item())
+    module.log_dict = lambda values, **_: logged.append(values["val/loss"].item())
+    for step in (module.training_step, module.validation_step):
+        logged.clear()
+        for seed in range(4):
+            torch.manual_seed(seed)
+            step(batch, 0)
+        assert len(set(logged)) == (1 if step == module.validation_step else len(logged))
+    with pytest.raises(MotionRAGError, match=r"module.exchange=2: expected a share from 0 \(never\) to 1"):
+        cama_module(exchange=2)
 
 
 def test_loss_falls(cama_module, fit):

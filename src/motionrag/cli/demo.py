@@ -37,8 +37,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     steps.verb("pack", f"table={table}", f"videos={videos}", f"out={test}/shards")
     steps.verb("encode", f"shards={world}/shards", f"out={db}")
     steps.verb("index", f"db={db}")
-    prompt = "follows a spiral that opens up"
-    steps.verb("retrieve", f"prompt='{prompt}'", f"db={db}", "k=3", f"out={out}/retrieve")
+    prompt, retriever = "follows a spiral that opens up", f"retriever={cfg.retriever}"
+    steps.verb("retrieve", f"prompt='{prompt}'", f"db={db}", retriever, "k=3", f"out={out}/retrieve")
     if cfg.train_steps:
         live = [f"shards={world}/shards", f"db={db}", "logger=csv", f"trainer.max_steps={cfg.train_steps}"]
         live += [
@@ -62,6 +62,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         f"image={first}",
         f"prompt='{prompt}'",
         f"db={db}",
+        retriever,
         f"k={cfg.k}",
         *sampling,
         f"out={first.with_name('video.mp4')}",
@@ -72,7 +73,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         "Test prompts use phrases that occur in no training caption and in no database.",
     ]
     evaluated = steps.verb(
-        "evaluate", f"shards={test}/shards", f"db={db}", f"k={cfg.k}", *sampling, f"seed={cfg.seed}",
+        "evaluate", f"shards={test}/shards", f"db={db}", retriever, f"k={cfg.k}", *sampling, f"seed={cfg.seed}",
         f"save_clips={cfg.save_clips}", f"conditions=[{','.join(cfg.conditions)}]", f"out={out}",
         "notes=[" + ",".join(f"'{note}'" for note in notes) + "]",
     )  # fmt: skip

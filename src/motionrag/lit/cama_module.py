@@ -6,6 +6,7 @@ from torch import Tensor
 
 from motionrag.checkpoint import load_weights
 from motionrag.data.batch import MotionBatch
+from motionrag.errors import MotionRAGError
 from motionrag.lit.stage import MakeOptimizer, MakeScheduler, Stage
 from motionrag.modules.cama import CAMA, cama_losses, sequence_order
 from motionrag.modules.resampler import Resampler
@@ -24,6 +25,8 @@ class CAMAModule(Stage):
         optimizer: called with the trainable parameters.
         scheduler: called with the optimizer; steps once per optimizer step.
         weights: CAMA weights file to start from.
+        exchange: share of training samples in which some tokens, of references and target alike, are another sample's
+            (see `exchange_tokens`; 0 in the paper). CAMA then learns to hand on motion that it does not know.
         cache: keep every clip's motion tokens in the CPU's memory once they are computed (small databases).
     """
 
@@ -35,8 +38,11 @@ class CAMAModule(Stage):
         resampler_weights: str | None = None,
         scheduler: MakeScheduler | None = None,
         weights: str | None = None,
+        exchange: float = 0.0,
         cache: bool = False,
     ) -> None:
+        if not 0 <= exchange <= 1:
+            raise MotionRAGError(f"module.exchange={exchange}: expected a share from 0 (never) to 1")
         super().__init__(optimizer, scheduler)
         if (resampler.tokens, resampler.output_dim) != (cama.tokens, cama.width):
             raise ValueError(
@@ -49,6 +55,7 @@ class CAMAModule(Stage):
         self.cama = cama
         if weights:
             load_weights(weights, cama=cama)
+        self.exchange = exchange
         self._kept: dict[str, Tensor] | None = {} if cache else None
 
     @property
@@ -76,7 +83,7 @@ class CAMAModule(Stage):
         self.resampler.to(self.device)
 
     def training_step(self, batch: MotionBatch, batch_idx: int) -> Tensor:
-        prediction, truth = self._predict(batch)
+        prediction, truth = self._predict(batch, self.exchange)
         losses = cama_losses(prediction, truth)
         self.log("train/loss", losses["mse"], prog_bar=True, batch_size=len(batch))
         self.log("train/smooth_l1", losses["smooth_l1"], batch_size=len(batch))
@@ -94,7 +101,7 @@ class CAMAModule(Stage):
         }
         self.log_dict(values, batch_size=len(batch), sync_dist=True)
 
-    def _predict(self, batch: MotionBatch) -> tuple[Tensor, Tensor]:
+    def _predict(self, batch: MotionBatch, exchange: float = 0.0) -> tuple[Tensor, Tensor]:
         """CAMA's tokens and the true ones, both (B, K+1, l, d) in sequence order."""
         if batch.reference_tokens is not None:  # of this Resampler: the database was checked
             tokens = torch.cat([batch.reference_tokens, batch.target_tokens[:, None]], dim=1)
@@ -102,6 +109,7 @@ class CAMAModule(Stage):
             tokens = self._tokens(
                 batch, torch.cat([batch.reference_motion, batch.target_motion[:, None]], dim=1)
             )
+        tokens = exchange_tokens(tokens, exchange)
         references = tokens[:, :-1]
         truth = sequence_order(references, tokens[:, -1])
         return self.cama(references, batch.reference_appearance, batch.target_appearance), truth
@@ -118,3 +126,17 @@ class CAMAModule(Stage):
             self._kept.update(zip(new, tokens, strict=True))
         kept = torch.stack([self._kept[clip] for clip in rows]).to(features.device)
         return kept.unflatten(0, features.shape[:2])
+
+
+def exchange_tokens(tokens: Tensor, share: float) -> Tensor:
+    """Motion tokens (B, S, l, d) with some of the l places, the same in all S clips, taken from the sample before.
+
+    It happens to each sample with probability `share`, to each place of it with one that is drawn evenly from 0..1 for
+    that sample. Such mixtures are motions that no clip shows, yet references and target agree about them.
+    """
+    if not share:
+        return tokens
+    samples, _, places, _ = tokens.shape
+    rate = torch.rand(samples, 1) * (torch.rand(samples, 1) < share)
+    taken = (torch.rand(samples, places) < rate).to(tokens.device)
+    return torch.where(taken[:, None, :, None], tokens.roll(1, 0), tokens)
