@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from motionrag.cli.encode import encode
-from motionrag.data.shards import ShardIndex, pack, read_shard
+from motionrag.data.packing import pack
+from motionrag.data.shards import ShardIndex, read_shard
 from motionrag.data.video import read_clip
 from motionrag.encoders import AppearanceEncoder, CaptionEncoder, MotionEncoder
 from motionrag.errors import MotionRAGError

@@ -13,7 +13,7 @@ from PIL import Image
 from motionrag import cli
 from motionrag.cli.train import make_motionworld
 from motionrag.data.motionworld import make_dataset
-from motionrag.data.shards import pack
+from motionrag.data.packing import pack
 from motionrag.data.video import read_clip
 from motionrag.errors import MotionRAGError
 from motionrag.evaluation.conditions import CONDITIONS, References

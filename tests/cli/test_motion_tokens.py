@@ -16,7 +16,7 @@ from motionrag.checkpoint import load_weights, read_weights, save_weights
 from motionrag.cli.encode import _open_store
 from motionrag.data.datamodule import ShardClips
 from motionrag.data.motionworld import make_dataset
-from motionrag.data.shards import pack
+from motionrag.data.packing import pack
 from motionrag.data.video import read_clip
 from motionrag.errors import MotionRAGError
 from motionrag.retrieval import changes

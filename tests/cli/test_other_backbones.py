@@ -10,7 +10,7 @@ from motionrag import cli
 from motionrag.checkpoint import read_weights
 from motionrag.cli.train import make_motionworld
 from motionrag.data.motionworld import make_dataset
-from motionrag.data.shards import pack
+from motionrag.data.packing import pack
 from motionrag.data.video import read_clip
 
 

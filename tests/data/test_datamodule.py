@@ -21,7 +21,7 @@ from motionrag.data.datamodule import (
     to_pixels,
 )
 from motionrag.data.motionworld import make_dataset
-from motionrag.data.shards import pack
+from motionrag.data.packing import pack
 from motionrag.data.stream import Order
 from motionrag.data.video import UnreadableVideo, read_clip
 from motionrag.errors import MotionRAGError

@@ -20,7 +20,8 @@ from motionrag.data.motionworld import (
     sample_clip,
     track_object,
 )
-from motionrag.data.shards import ShardIndex, pack, read_shard
+from motionrag.data.packing import pack
+from motionrag.data.shards import ShardIndex, read_shard
 from motionrag.data.video import read_clip
 
 DOMAINS = {"known": 46, "compound": 600, "curve": 1000, "new": 14}  # and how many motions each has

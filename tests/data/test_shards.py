@@ -18,7 +18,8 @@ import pandas as pd
 import pytest
 
 from motionrag.data import members
-from motionrag.data.shards import ClipRecord, ShardIndex, pack, read_shard
+from motionrag.data.packing import pack
+from motionrag.data.shards import ClipRecord, ShardIndex, read_shard
 from motionrag.data.sources import read_table
 from motionrag.data.video import read_clip, write_mp4
 from motionrag.errors import MotionRAGError
@@ -314,7 +315,7 @@ def test_killed_and_continued_by_another_number_of_workers(tmp_path, root):
     pack(table, tmp_path / "videos", tmp_path / "whole", **options)
 
     code = (
-        "import sys; from motionrag.data.shards import pack\n"
+        "import sys; from motionrag.data.packing import pack\n"
         f"if __name__ == '__main__': pack(*sys.argv[1:], workers=2, **{options})"
     )
     out, partial = tmp_path / "out", tmp_path / ".out.partial"

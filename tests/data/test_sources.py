@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from motionrag import cli
-from motionrag.data.shards import ShardIndex, pack, read_shard
+from motionrag.data.packing import pack
+from motionrag.data.shards import ShardIndex, read_shard
 from motionrag.data.sources import VideoFolder, read_table, source_of, split_of
 from motionrag.data.video import UnreadableVideo, write_mp4
 from motionrag.errors import MotionRAGError

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from motionrag.data.datamodule import MotionDataModule, ShardClips
 from motionrag.data.motionworld import make_dataset
-from motionrag.data.shards import pack
+from motionrag.data.packing import pack
 from motionrag.data.stream import Order, Shards
 from motionrag.data.video import UnreadableVideo
 from motionrag.errors import MotionRAGError

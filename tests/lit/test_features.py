@@ -10,7 +10,8 @@ from motionrag.cli import train
 from motionrag.data.datamodule import ShardClips
 from motionrag.data.features import shards_fingerprint, write_features
 from motionrag.data.motionworld import make_dataset
-from motionrag.data.shards import ShardIndex, pack
+from motionrag.data.packing import pack
+from motionrag.data.shards import ShardIndex
 from motionrag.errors import MotionRAGError
 
 SIZE = {"frames": 9, "height": 32, "width": 32}

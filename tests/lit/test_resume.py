@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from motionrag.data.datamodule import MotionDataModule, ShardClips
 from motionrag.data.motionworld import make_dataset
-from motionrag.data.shards import pack
+from motionrag.data.packing import pack
 from motionrag.lit.callbacks import Preemption, SaveWeights, SkippedClips
 
 

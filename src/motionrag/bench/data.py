@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from motionrag.data.datamodule import MotionDataModule, ShardClips
-from motionrag.data.shards import pack
+from motionrag.data.packing import pack
 from motionrag.data.video import read_clip, write_mp4
 from motionrag.encoders import uniform_indices
 from motionrag.errors import MotionRAGError

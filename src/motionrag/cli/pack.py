@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Write the shards; see ``conf/pack.yaml`` for the keys."""
-    from motionrag.data.shards import pack
+    from motionrag.data.packing import pack
 
     index = pack(**OmegaConf.to_container(cfg, resolve=True))
     skipped, noted = index["skipped"], index["noted"]

@@ -328,7 +328,8 @@ def make_motionworld(
 
     from motionrag.cli.encode import encode
     from motionrag.data.motionworld import make_dataset
-    from motionrag.data.shards import ShardIndex, pack
+    from motionrag.data.packing import pack
+    from motionrag.data.shards import ShardIndex
     from motionrag.errors import MotionRAGError
     from motionrag.io import read_json, write_json
     from motionrag.retrieval.database import build
