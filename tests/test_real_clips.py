@@ -17,7 +17,8 @@ from motionrag.data.shards import ShardIndex, read_shard
 from motionrag.data.video import read_clip
 from motionrag.encoders import AppearanceEncoder, CaptionEncoder, MotionEncoder
 from motionrag.errors import MotionRAGError
-from motionrag.retrieval.database import RetrievalDatabase, build
+from motionrag.retrieval.building import build
+from motionrag.retrieval.database import RetrievalDatabase
 
 CLIPS = Path(os.environ.get("MOTIONRAG_CLIPS_DIR", Path(__file__).parents[2] / "shared" / "clips"))
 

@@ -27,7 +27,8 @@ from motionrag.data.video import UnreadableVideo, read_clip
 from motionrag.errors import MotionRAGError
 from motionrag.io import write_json
 from motionrag.retrieval.bank import PartWriter
-from motionrag.retrieval.database import STORE, build
+from motionrag.retrieval.building import build
+from motionrag.retrieval.database import STORE
 
 
 class Numbers:

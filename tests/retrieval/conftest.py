@@ -7,7 +7,8 @@ import pytest
 
 from motionrag.io import write_json
 from motionrag.retrieval.bank import PartWriter
-from motionrag.retrieval.database import STORE, build
+from motionrag.retrieval.building import build
+from motionrag.retrieval.database import STORE
 
 WIDTH = 6
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from motionrag.errors import MotionRAGError
-from motionrag.retrieval import changes, database
+from motionrag.retrieval import building, changes
 from motionrag.retrieval.bank import writer_lock
-from motionrag.retrieval.database import RetrievalDatabase, build
+from motionrag.retrieval.building import build
+from motionrag.retrieval.database import RetrievalDatabase
 
 FORK = multiprocessing.get_context("fork")  # nothing is searched in these processes
 
@@ -167,15 +168,15 @@ def test_a_killed_change_never_was(write_database, write_store, step):
         def kill(*args, **kwargs):
             os.kill(os.getpid(), signal.SIGKILL)
 
-        put, copy, calls = database._put, changes._copy, []
+        put, copy, calls = building._put, changes._copy, []
         if step == "copytree":
             shutil.copytree = lambda source, target: (target.mkdir(), kill())
         elif step == "copied":
             changes._copy = lambda *args: kill() if calls else (calls.append(1), copy(*args))[1]
         elif step == "manifest":
-            database.write_json = kill
+            building.write_json = kill
         else:
-            database._put = lambda path, role, write: put(
+            building._put = lambda path, role, write: put(
                 path, role, (lambda file: (write(file), kill())) if role == step else write
             )
         changes.add(path, [other])
@@ -201,7 +202,7 @@ def test_a_failed_change_leaves_nothing(write_database, write_store, monkeypatch
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(database, "write_npy", full)
+    monkeypatch.setattr(building, "write_npy", full)
     with pytest.raises(OSError, match="No space left"):
         changes.add(path, [other])
     # files that the manifest does not name may stay until the next change; parts may not

@@ -11,7 +11,8 @@ import torch
 
 from motionrag.errors import MotionRAGError
 from motionrag.retrieval import changes
-from motionrag.retrieval.database import RetrievalDatabase, build
+from motionrag.retrieval.building import build
+from motionrag.retrieval.database import RetrievalDatabase
 
 
 class FakeCaptions:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from motionrag.errors import MotionRAGError
-from motionrag.retrieval import bank, changes, database
+from motionrag.retrieval import bank, building, changes
 from motionrag.retrieval.bank import Part, PartWriter
-from motionrag.retrieval.database import RetrievalDatabase, build
+from motionrag.retrieval.building import build
+from motionrag.retrieval.database import RetrievalDatabase
 
 FORK = multiprocessing.get_context("fork")
 
@@ -95,11 +96,11 @@ def test_a_killed_index_is_the_old_one_or_none(write_store, step, again):
         build(path, 2)
 
     def work():
-        put = database._put
+        put = building._put
         if step == "manifest":
-            database.write_json = kill
+            building.write_json = kill
         else:
-            database._put = lambda path, role, write: put(
+            building._put = lambda path, role, write: put(
                 path, role, (lambda file: (write(file), kill())) if role == step else write
             )
         build(path, 3)

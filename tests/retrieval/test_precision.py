@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from motionrag.errors import MotionRAGError
 from motionrag.retrieval import changes
 from motionrag.retrieval.bank import Part, PartWriter
-from motionrag.retrieval.database import RetrievalDatabase, build
+from motionrag.retrieval.building import build
+from motionrag.retrieval.database import RetrievalDatabase
 from motionrag.retrieval.group import open_database
 from motionrag.retrieval.precision import pack, unpack
 

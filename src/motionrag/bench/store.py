@@ -15,7 +15,8 @@ from motionrag.bench.index import vectors_like_captions
 from motionrag.errors import MotionRAGError
 from motionrag.io import write_json
 from motionrag.retrieval.bank import PartWriter
-from motionrag.retrieval.database import STORE, RetrievalDatabase, build
+from motionrag.retrieval.building import build
+from motionrag.retrieval.database import STORE, RetrievalDatabase
 
 CAPTION_WIDTH = 64
 

@@ -16,7 +16,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     from motionrag.errors import MotionRAGError
     from motionrag.retrieval import changes
-    from motionrag.retrieval.database import RetrievalDatabase, build
+    from motionrag.retrieval.building import build
+    from motionrag.retrieval.database import RetrievalDatabase
 
     if cfg.what not in WHAT:
         raise MotionRAGError(f"what={cfg.what}: expected {', '.join(WHAT)} (motionrag index --help)")

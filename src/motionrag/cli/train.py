@@ -332,7 +332,7 @@ def make_motionworld(
     from motionrag.data.shards import ShardIndex
     from motionrag.errors import MotionRAGError
     from motionrag.io import read_json, write_json
-    from motionrag.retrieval.database import build
+    from motionrag.retrieval.building import build
 
     folder = Path(out)
     recipe = {"clips": clips, "seed": seed, "domains": dict(domains), **options}

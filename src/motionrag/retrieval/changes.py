@@ -16,20 +16,16 @@ import numpy as np
 from motionrag.errors import MotionRAGError
 from motionrag.io import sha256, write_json
 from motionrag.retrieval.bank import PART_FILE, PARTS, Part, PartWriter, writer_lock
+from motionrag.retrieval.building import Contents, Entry, build_locked, publish, read_entries
 from motionrag.retrieval.database import (
     FILES,
     MANIFEST,
     RESAMPLER,
     STORE,
-    Contents,
-    Entry,
     RetrievalDatabase,
     about_encoder,
     about_motion,
-    build_locked,
     difference,
-    publish,
-    read_entries,
     read_manifest,
     read_store,
     role_name,
@@ -69,7 +65,7 @@ def remove(path: str | Path, ids: Collection[str]) -> dict[str, Any]:
 def merge(path: str | Path, others: Sequence[str | Path], **settings: Any) -> dict[str, Any]:
     """Make a new database ``path`` of all clips of others; returns its manifest.
 
-    settings: of :func:`motionrag.retrieval.database.build`. Raises :class:`MotionRAGError` if ``path`` is
+    settings: of :func:`motionrag.retrieval.building.build`. Raises :class:`MotionRAGError` if ``path`` is
     there, clips share ids or encoders differ; nothing is then left at ``path``.
     """
     path = Path(path)
