@@ -320,6 +320,24 @@ def test_the_rank_that_failed_first_is_named():
     assert launch._reason({0: lost, 1: failure("MotionRAGError: no clips")}, 2) == "no clips"
 
 
+def test_a_rank_that_lost_its_peer_lets_the_dead_one_be_seen_first(monkeypatch):
+    waited = []
+    monkeypatch.setattr(launch.time, "sleep", waited.append)
+
+    def fail(message):
+        def work(cfg):
+            raise RuntimeError(message)
+
+        with pytest.raises(RuntimeError, match=message):
+            launch._rank(work, {})
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    fail("gloo/transport/tcp/pair.cc:534: Connection closed by peer")
+    assert waited == [launch.PEER_LOST_WAIT]
+    fail("a mistake of its own")
+    assert waited == [launch.PEER_LOST_WAIT]
+
+
 KILLER = """
 import os, signal
 import lightning as L

@@ -178,7 +178,12 @@ def test_late_interaction_compares_words(write_database):
     ids, scores = retriever.retrieve(captions[0], 4)
     assert ids[0] == "c0" and scores[0] == pytest.approx(1, abs=1e-5) and ids[-1] == "c3"
     words = real.words(captions)
-    assert [len(w) for w in words] == [5, 5, 6, 3]  # words as the tokenizer cuts them: "glide ##s right ##wards"
+    assert [len(w) for w in words] == [
+        5,
+        5,
+        6,
+        3,
+    ]  # words as the tokenizer cuts them: "glide ##s right ##wards"
     mean = torch.cat(words).mean(0)
     query = normalize(real.words(["goes to the left"])[0] - mean)
     likeness = [float((query @ normalize(w - mean).T).amax(1).mean()) for w in words]
