@@ -1,10 +1,11 @@
 """Run one experiment of this folder and write its table and plot: `make experiment NAME=headline`.
 
-`NAME/experiment.yaml` holds the question, what was concluded from the results beside it, the seeds and the arms; an arm is a list of overrides of `motionrag evaluate`
-that leave one condition. Where arms need weights of their own, `trainings` names overrides of `motionrag train`, and
-`trained:NAME` in an arm is the weights file that this left. Every arm runs with all seeds, on the same test clips and the same noise. Finished runs and
-trainings are kept in outputs/experiments, under a name made of their overrides and the weights that ship, and are not run again,
-also when another experiment asks for them. Written beside the yaml:
+`NAME/experiment.yaml` holds the question, what was concluded from the results beside it, the seeds and the arms; an arm
+is a list of overrides of `motionrag evaluate` that leave one condition, and overrules `common`. Where arms need weights
+of their own, `trainings` names overrides of `motionrag train` (after those of `common_training`), and `trained:NAME`
+stands for the weights file that this left. Every arm runs with all seeds, on the same test clips and the same noise.
+Finished runs and trainings are kept in outputs/experiments, under a name made of their overrides and the weights that
+ship, and are not run again, also when another experiment asks for them. Written beside the yaml:
 
 - results.json: per arm, domain and metric the mean over clips and seeds with its standard error, and the paired
   difference to the baseline arm with its own; for metrics of a whole set (FVD) the mean over seeds and their standard
@@ -75,10 +76,9 @@ def world(db_clips: int, test_clips: int, seed: int) -> tuple[Path, Path]:
             make_dataset(folder, test_clips, seed + 2, {domain: 1.0}, held_out=True, prefix=f"test-{domain}")
         table, videos = join_tables([root / "test" / d for d in ("known", "new")], root / "test")
         rows = pd.read_csv(table)
+        # `query=phrase`: what retrieval could do if it were asked in the database's own words
         rows["phrase"] = rows.action.map({m.name: m.phrases[0] for d in ("known", "new") for m in motions(d)})
-        rows.to_csv(
-            table, index=False
-        )  # `query=phrase`: what retrieval could do with the database's own words
+        rows.to_csv(table, index=False)
         verb("pack", f"table={root}/world/clips.csv", f"videos={root}/world/videos", f"out={root}/shards")
         verb("pack", f"table={table}", f"videos={videos}", f"out={shards}")
         verb("encode", f"shards={root}/shards", f"out={db}")
@@ -89,9 +89,7 @@ def world(db_clips: int, test_clips: int, seed: int) -> tuple[Path, Path]:
 
 def run_arm(world_spec: dict[str, int], overrides: list[str]) -> Path:
     """The folder of one evaluation, which is run unless it was already with these weights."""
-    overrides = sorted(
-        {text.partition("=")[0]: text for text in overrides}.values()
-    )  # an arm's own word counts
+    overrides = settled(overrides)
     recipe = {"world": world_spec, "overrides": overrides}
     key = weights_hash()
     key.update(json.dumps(recipe, sort_keys=True).encode())
@@ -126,23 +124,17 @@ def with_weights(overrides: list[str], weights: dict[str, Path]) -> list[str]:
 def train(overrides: list[str]) -> tuple[Path, dict[str, Any]]:
     """The weights file that one training leaves, and its parameters, last validation loss and minutes.
 
-    `overrides` are those of `motionrag train`. Trained unless it was already with the weights that ship.
+    `overrides` are those of `motionrag train`. Trained unless it was already with the weights that ship. Raises
+    MotionRAGError if it fails.
     """
     key = weights_hash()
     key.update(json.dumps(overrides).encode())
     out = OUTPUTS / "trained" / key.hexdigest()[:16]
-    if not (out / "results.json").exists():
-        command = [
-            sys.executable,
-            "-m",
-            "motionrag.cli",
-            "train",
-            *overrides,
-            "logger=csv",
-            f"hydra.run.dir={out}",
-        ]
-        start = time.monotonic()
-        subprocess.run(command, check=True)
+    if not (out / "minutes.json").exists():
+        motionrag, start = [sys.executable, "-m", "motionrag.cli"], time.monotonic()
+        words = ["train", *overrides, "logger=csv", f"hydra.run.dir={out}"]
+        if subprocess.run([*motionrag, *words]).returncode:
+            raise MotionRAGError(f"a training failed, as said above: motionrag {' '.join(words)}")
         write_json(out / "minutes.json", round((time.monotonic() - start) / 60, 1))
     results = json.loads((out / "results.json").read_text())
     about = {"trainable_parameters": results["trainable_parameters"], "val_loss": results["objective"]}

@@ -194,7 +194,11 @@ def test_late_interaction_compares_words(write_database):
     small = LateInteractionRetriever(db, encoder, pool=2)
     assert set(small.retrieve("goes to the left", 2)[0]) == set(near)
     assert len(small.retrieve("goes to the left", 3)[0]) == 3  # a pool below k is one of k
-    for wrong, got in ((np.zeros(real.width, "f4"), "an embedding"), (" ", "an empty one")):
+    for wrong, got in (
+        (np.zeros(real.width, "f4"), "an embedding"),
+        (" ", "one without words"),
+        ("\u200b", "one without words"),
+    ):
         with pytest.raises(MotionRAGError, match=f"compares words: expected a text as query, got {got}"):
             retriever.retrieve(wrong, 1)
 

@@ -199,11 +199,11 @@ def _rank(work: Callable[[DictConfig], dict[str, Any]], cfg: dict[str, Any]) -> 
     try:
         return work(OmegaConf.create(cfg))
     except Exception as error:
-        if line := user_message(error):
-            raise MotionRAGError(line) from error
         if _peer_lost(str(error)):
             # The agent reports one process, of two that ended between two looks the lower rank: let it see the other.
             time.sleep(PEER_LOST_WAIT)
+        if line := user_message(error):
+            raise MotionRAGError(line) from error
         raise
 
 

@@ -76,7 +76,7 @@ class LateInteractionRetriever:
     interaction, Khattab and Zaharia 2020, with the words of an encoder that was not trained for it: so the pool's
     mean word is taken off first). query: a text. Words of captions are encoded when first met and remembered. A pool
     smaller than ``k`` is one of ``k``. Raises :class:`MotionRAGError` as :class:`TextRetriever`, and if asked with
-    an embedding or an empty text.
+    an embedding or a text without words.
     """
 
     def __init__(
@@ -89,18 +89,15 @@ class LateInteractionRetriever:
     def retrieve(
         self, query: Query, k: int, exclude: Set[str] = frozenset(), image: torch.Tensor | None = None
     ) -> tuple[list[str], np.ndarray]:
-        if not isinstance(query, str) or not query.strip():
-            raise MotionRAGError(
-                "late interaction compares words: expected a text as query, got "
-                + ("an empty one" if isinstance(query, str) else "an embedding")
-            )
+        words = self.words([query])[0] if isinstance(query, str) else ()
+        if not len(words):
+            got = "one without words" if isinstance(query, str) else "an embedding"
+            raise MotionRAGError(f"late interaction compares words: expected a text as query, got {got}")
         count = min(max(self.pool, k), len(self.db.candidates(k, exclude, self.where)))
         ids, _ = self.nearest.retrieve(query, count, exclude)
         captions = [self.db.motion_caption(clip_id) for clip_id in ids]
         distinct = list(dict.fromkeys(captions))
-        alike = dict(
-            zip(distinct, _late_interaction(self.words([query])[0], self._read(distinct)), strict=True)
-        )
+        alike = dict(zip(distinct, _late_interaction(words, self._read(distinct)), strict=True))
         scores = np.array([alike[caption] for caption in captions], dtype=np.float32)
         order = np.argsort(-scores, kind="stable")[:k]
         return [ids[row] for row in order], scores[order]
@@ -231,12 +228,13 @@ def class_token(encoder: AppearanceEncoder, image: torch.Tensor | None) -> np.nd
 
 
 def _late_interaction(query: torch.Tensor, captions: list[torch.Tensor]) -> list[float]:
-    """For each caption, words (L,D), the mean over the query's words (Q,D) of the largest cosine, without the mean word."""
+    """For each caption, words (L,D), the mean over the query's words (Q,D) of the largest cosine, without the mean word;
+    -1 for a caption without words."""
     lengths = [len(words) for words in captions]
     words = torch.cat(captions)
     mean = words.mean(0)
     likeness = normalize(query - mean, dim=1) @ normalize(words - mean, dim=1).T
-    return [float(part.amax(1).mean()) for part in likeness.split(lengths, dim=1)]
+    return [float(part.amax(1).mean()) if part.shape[1] else -1.0 for part in likeness.split(lengths, dim=1)]
 
 
 def diverse(embeddings: np.ndarray, scores: np.ndarray, k: int, diversity: float) -> list[int]:
