@@ -221,7 +221,7 @@ def plot(path: Path, table: dict[str, Any]) -> None:
             values = [table[arm][domain][metric] for arm in table]
             axis.bar(list(table), [v["mean"] for v in values], yerr=[v["standard_error"] for v in values], color="#4477aa", capsize=3)  # fmt: skip
             axis.set_title(f"{METRICS[metric][0]}, {domain} motions", fontsize=10)
-            axis.tick_params(axis="x", labelrotation=40, labelsize=8)
+            axis.set_xticks(range(len(table)), list(table), rotation=40, ha="right", rotation_mode="anchor", fontsize=8)  # fmt: skip
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
