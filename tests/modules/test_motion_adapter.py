@@ -354,6 +354,17 @@ def test_folded_equals_plain(n, rows, length):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("block", [1, 5, 40, 512])
+def test_blocks_on_a_cpu_change_nothing(block, monkeypatch):
+    """2 samples of 3 rows of 13 positions; the last block is shorter, blocks end within rows."""
+    site, tokens, (query, hidden) = site_of(), torch.randn(2, 8, WIDTH), torch.randn(2, 6, 13, 64)
+    plain, folded = site.project(tokens), site.fold(tokens)
+    monkeypatch.setattr("motionrag.modules.motion_adapter.CPU_BLOCK", block)
+    assert torch.allclose(site(query, folded), site(query, plain), atol=1e-5)
+    assert torch.allclose(site(query, folded, hidden, 0.7), site(query, plain, hidden, 0.7), atol=1e-5)
+
+
+@torch.no_grad()
 def test_many_tokens_stay_plain():
     """More tokens than a head is wide would make folding the slower form."""
     site = site_of()

@@ -24,6 +24,9 @@ from torch import Tensor, nn
 
 Query = Literal["output", "hidden"]
 
+# Positions at once on a CPU, in the fast form: what lies between its steps then stays in the cache.
+CPU_BLOCK = 512
+
 
 class Motion(NamedTuple):
     """What one site keeps of the motion tokens of B samples.
@@ -102,7 +105,21 @@ class AdapterSite(nn.Module):
         rows, batch = len(query), len(motion.values)
         if rows < batch or rows % batch:
             raise ValueError(f"motion tokens of {batch} samples cannot serve {rows} rows of hidden states")
-        x = query.to(self.to_q.weight.dtype).reshape(batch, -1, query.shape[-1])
+        x = query.reshape(batch, -1, query.shape[-1])
+        hidden = None if hidden is None else hidden.reshape(x.shape)
+        on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if motion.folded and on_cpu and x.shape[1] > CPU_BLOCK:
+            out = torch.empty_like(x)
+            parts = [t.split(CPU_BLOCK, 1) for t in (out, x, out if hidden is None else hidden)]
+            for done, x, before in zip(*parts, strict=True):
+                done.copy_(self._branch(x, motion, None if hidden is None else before, scale))
+        else:
+            out = self._branch(x, motion, hidden, scale)
+        return out.reshape(query.shape)
+
+    def _branch(self, query: Tensor, motion: Motion, hidden: Tensor | None, scale: float) -> Tensor:
+        """`forward` for query and hidden (B, L, hidden)."""
+        x = query.to(self.to_q.weight.dtype)
         if motion.folded:  # positions last: softmax runs along them, whatever n is
             scores = (motion.keys.flatten(1, 2) @ x.mT).unflatten(1, (self.heads, -1))
             out = scores.softmax(2).mT @ motion.values
@@ -111,8 +128,8 @@ class AdapterSite(nn.Module):
             out = F.scaled_dot_product_attention(q, motion.keys, motion.values)
         out = rearrange(out, "b h l d -> b l h d").to(query.dtype)
         if hidden is not None:
-            out = torch.add(hidden.reshape(out.shape), out, alpha=scale)
-        return out.reshape(query.shape)
+            out = torch.add(hidden.unflatten(2, (self.heads, -1)), out, alpha=scale)
+        return out.flatten(2)
 
     def stamp(self) -> tuple | None:
         """Differs whenever the weights have changed; None if that cannot be told (inference tensors)."""
