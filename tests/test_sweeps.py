@@ -352,7 +352,10 @@ class Killer(L.Callback):
 """
 
 
-def test_two_processes_in_a_sweep_and_a_dead_one(motionrag, motionworld, root, tmp_path):
+def test_two_processes_in_a_sweep_and_a_dead_one(motionrag, motionworld, root, tmp_path, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):  # as a user who has never heard of W&B
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", os.devnull)
     (tmp_path / "killer.py").write_text(KILLER)
     done = motionrag(
         *"train experiment=smoke trainer=ddp_cpu trainer.devices=2 seed=1,2 -m hydra.sweep.dir=S".split(),

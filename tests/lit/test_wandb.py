@@ -1,7 +1,6 @@
 """What W&B is told: grouped runs, artifacts, lineage, evaluations, the workspace; and that it cannot stop a run."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +91,7 @@ def test_inputs_are_the_artifacts_that_other_runs_logged(tmp_path, database, cam
 
 def test_no_server_and_no_package_stop_nothing(offline, tmp_path, monkeypatch, capsys):
     def init(**options):
-        if os.environ["WANDB_MODE"] == "online":
+        if options["mode"] == "online":
             raise wandb.errors.CommError("no route to host\nmore")
         return SimpleNamespace(define_metric=lambda *_, **__: None)
 

@@ -302,7 +302,8 @@ def wandb_logger(save_dir: str, resume: str | bool | None = None, **options: Any
     elif launch.rank() == 0:
         options["id"] = secrets.token_hex(4)
         write_text(kept, options["id"] + "\n")
-    options |= {"save_dir": save_dir, "name": Path(save_dir).name}
+    # `mode` as well: a session of W&B that has begun, and asking for the key begins one, no longer reads the environment
+    options |= {"save_dir": save_dir, "name": Path(save_dir).name, "mode": mode}
     logger = WandbLogger(offline=mode == "offline", **options)
     if mode == "online" and launch.rank() == 0:
         try:
@@ -313,7 +314,7 @@ def wandb_logger(save_dir: str, resume: str | bool | None = None, **options: Any
                 f"W&B cannot be reached, the run is kept offline ({reason}); later: wandb sync {save_dir}/wandb/*"
             )
             os.environ["WANDB_MODE"] = "offline"
-            return WandbLogger(offline=True, **options)
+            return WandbLogger(offline=True, **options | {"mode": "offline"})
     return logger
 
 
