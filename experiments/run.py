@@ -1,7 +1,8 @@
 """Run one experiment of this folder and write its table and plot: `make experiment NAME=headline`.
 
 `NAME/experiment.yaml` holds the question, what was concluded from the results beside it, the seeds and the arms; an arm
-is a list of overrides of `motionrag evaluate` that leave one condition, and overrules `common`. Where arms need weights
+is a list of overrides of `motionrag evaluate` that leave one condition, and overrules `common`; `worlds` gives arms
+a database of another size (ARM: {db_clips: N}). Where arms need weights
 of their own, `trainings` names overrides of `motionrag train` (after those of `common_training`), and `trained:NAME`
 stands for the weights file that this left. Every arm runs with all seeds, on the same test clips and the same noise.
 Finished runs and trainings are kept in outputs/experiments, under a name made of their overrides and the weights that
@@ -240,7 +241,8 @@ def main(name: str) -> None:
             )
         for arm, overrides in spec["arms"].items():
             overrides = with_weights([*spec["common"], *overrides], weights)
-            folders[arm] = run_arm(spec["world"], [*overrides, f"seeds={spec['seeds']}"])
+            place = spec["world"] | spec.get("worlds", {}).get(arm, {})
+            folders[arm] = run_arm(place, [*overrides, f"seeds={spec['seeds']}"])
     table = summarise(folders, spec["baseline"])
     if any(math.isnan(v["mean"]) for d in table.values() for m in d.values() for v in m.values()):
         raise MotionRAGError(f"{name}: a mean is not a number; remove {OUTPUTS / 'runs'} and run again")

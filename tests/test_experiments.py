@@ -27,6 +27,7 @@ def run():
 def test_every_arm_and_training_composes(run, file):
     spec = OmegaConf.to_container(OmegaConf.load(file))
     assert spec["question"] and spec["baseline"] in spec["arms"]
+    assert spec.get("worlds", {}).keys() <= spec["arms"].keys()
     weights, seen = {}, set()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for name, overrides in spec.get("trainings", {}).items():
@@ -36,10 +37,11 @@ def test_every_arm_and_training_composes(run, file):
         cfg = compose("evaluate", overrides=run.with_weights(spec["common"], weights))
     for arm, overrides in spec["arms"].items():
         words = run.settled([*spec["common"], *run.with_weights(overrides, weights)])
-        assert tuple(words) not in seen, f"{arm}: the same as another arm"
-        seen.add(tuple(words))
+        one = (*words, *spec.get("worlds", {}).get(arm, {}).items())
+        assert one not in seen, f"{arm}: the same as another arm"
+        seen.add(one)
         for key, _, value in (word.partition("=") for word in words):
-            assert OmegaConf.select(cfg, key) is not None, f"{arm}: evaluate knows no {key}"
+            assert OmegaConf.select(cfg, key, default="?") != "?", f"{arm}: evaluate knows no {key}"
             assert key != "retriever" or (conf_dir() / key / f"{value}.yaml").is_file(), arm
         (condition,) = [word for word in words if word.startswith("conditions=")]
         assert condition.removeprefix("conditions=").strip("[]") in CONDITIONS, arm

@@ -299,6 +299,13 @@ def test_references_never_come_from_the_clips_own_source(world):
     other = {"id": "x", "source": "x", "motion_caption": db.motion_caption(next(iter(new)))}
     assert few(other, "motionrag")[0][0] in new
     assert not new & set(few(other, "known_only")[0])
+    ids, scores = find(other, "motionrag")
+    for order in ("farthest", "random"):
+        turned, its = References(db, retriever, 6, order=order)(other, "motionrag")
+        assert dict(zip(turned, its, strict=True)) == dict(zip(ids, scores, strict=True))
+        assert turned == ids[::-1] if order == "farthest" else turned not in (ids, ids[::-1])
+    with pytest.raises(MotionRAGError, match="order=far: choose from nearest"):
+        References(db, retriever, 6, order="far")
     with pytest.raises(MotionRAGError, match="test clip 'x' has no action to search with"):
         References(db, retriever, 2, query="action")(other, "motionrag")
 

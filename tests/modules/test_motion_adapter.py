@@ -1,5 +1,7 @@
 """The motion adapter on real CogVideoX and SVD networks of minimal size."""
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel, UNetSpatioTemporalConditionModel
@@ -123,6 +125,23 @@ def test_an_empty_holder_raises(transformer, adapter, inputs, tokens):
         run(transformer, inputs)
     with pytest.raises(RuntimeError, match="no motion tokens"):
         run(transformer, inputs)
+
+
+def test_an_adapter_at_some_sites(transformer, inputs, tokens):
+    make = partial(MotionAdapter.for_modules, sites(transformer), WIDTH, init="reference")
+    some = make(only=".*blocks.1.*").attach(sites(transformer))
+    assert {key.split(".")[0] for key in some.state_dict()} == {"transformer_blocks/1/attn1"}
+    with some.use(tokens):
+        moved = run(transformer, inputs)
+    hooked = [bool(site.to_out[0]._forward_pre_hooks) for site in sites(transformer).values()]
+    some.detach()
+    assert hooked == [False, True] and not torch.allclose(moved, run(transformer, inputs))
+    with pytest.raises(
+        ValueError, match=r"no site is called like only='blocks'; there are transformer_blocks.0"
+    ):
+        make(only="blocks")
+    with pytest.raises(ValueError, match="is no regular expression"):
+        make(only="(")
 
 
 def gradients(transformer, adapter, inputs, tokens):

@@ -20,6 +20,8 @@ from motionrag.retrieval.database import RetrievalDatabase, Where
 from motionrag.retrieval.retrievers import Query, RandomRetriever, Retriever
 
 CONDITIONS = ("backbone", "motionrag", "mean", "fusion", "random", "oracle", "known_only", "still")
+#: Of reference clips: the nearest first, the farthest first, or as a number made of the test clip's id shuffles them.
+ORDERS = ("nearest", "farthest", "random")
 #: Stages whose time is kept; a condition's seconds per clip are the sum of those it goes through.
 STAGES = ("context", "retrieval", "cama", "sampling")
 
@@ -29,7 +31,8 @@ class References:
 
     query: field of the test clip, or column of its table, that the database is searched with. without: clips that
     the condition `known_only` leaves out (see `RetrievalDatabase.where`). Conditions on clips that the retriever has
-    hold for random references too.
+    hold for random references too. order: how CAMA gets them, one of ORDERS; it was trained with the nearest first,
+    which puts that next to the target.
     """
 
     def __init__(
@@ -39,8 +42,12 @@ class References:
         k: int,
         query: str = "motion_caption",
         without: Where = None,
+        order: str = "nearest",
     ):
+        if order not in ORDERS:
+            raise MotionRAGError(f"order={order}: choose from {', '.join(ORDERS)}")
         self.db, self.retriever, self.k, self.query, self.without = db, retriever, k, query, without
+        self.order = order
 
     @cached_property
     def left_out(self) -> set[str]:
@@ -84,7 +91,7 @@ class References:
         image: Tensor | None = None,
         query: Query | None = None,
     ) -> tuple[list[str], np.ndarray]:
-        """Ids nearest first, and scores. image: first frame (3, H, W), for retrievers that look at it. query: one of
+        """Ids and scores, in `order`. image: first frame (3, H, W), for retrievers that look at it. query: one of
         `queries`, if they were made already.
 
         Raises MotionRAGError if the clip lacks the query or fewer than k clips are left.
@@ -95,7 +102,13 @@ class References:
             return RandomRetriever(self.db, seed, where).retrieve(self._text(clip), self.k, set(own))
         left_out = self.left_out if condition == "known_only" else set()
         query = self.queries([clip])[0] if query is None else query
-        return self.retriever.retrieve(query, self.k, set(own) | left_out, image)
+        ids, scores = self.retriever.retrieve(query, self.k, set(own) | left_out, image)
+        if self.order == "nearest":
+            return ids, scores
+        rows = np.arange(len(ids))[::-1]
+        if self.order == "random":
+            rows = np.random.default_rng(clip_seed(0, clip["id"])).permutation(len(ids))
+        return [ids[row] for row in rows], scores[rows]
 
 
 def clip_seed(seed: int, clip_id: str) -> int:

@@ -11,11 +11,12 @@ Without gradients the branch runs in its fast form. Motion tokens are few (n) an
 `W_q` goes into the keys once, `A = K W_q` per head, and the scores are `h A^T`: n / head size of the work of `W_q h`.
 """
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -150,6 +151,7 @@ class MotionAdapter(nn.Module):
         query: what asks for motion: "output", the attention output `h`, as in the published code, or "hidden", the
             attention's input `hidden_states`, for sites whose own attention has a single key. One for all sites, or
             site name -> query; sites that are not named then take "output".
+        only: regular expression that a site's whole name must match, or there is no adapter at it; None for all.
 
     The query is no weight: an adapter has to be built with the one it was trained with.
 
@@ -162,8 +164,14 @@ class MotionAdapter(nn.Module):
         token_width: int,
         init: Literal["zero", "reference"] = "zero",
         query: Query | Mapping[str, Query] = "output",
+        only: str | None = None,
     ) -> None:
         super().__init__()
+        every, sites = sites, _chosen(sites, only)
+        if every and not sites:
+            raise ValueError(
+                f"no site is called like only={only!r}; there are {', '.join(list(every)[:4])}, ..."
+            )
         if init not in ("zero", "reference"):
             raise ValueError(f"unknown init {init!r}: choose zero or reference")
         if not sites:
@@ -173,7 +181,7 @@ class MotionAdapter(nn.Module):
             raise ValueError(f"query names sites that this adapter has not: {unknown[:4]}")
         if wrong := sorted(set(queries.values()) - {"output", "hidden"}):
             raise ValueError(f"unknown query {wrong[0]!r}: choose output or hidden")
-        self.site_names = tuple(sites)
+        self.site_names, self.only = tuple(sites), only
         self.token_width = token_width
         for name, (hidden, heads) in sites.items():
             site = AdapterSite(hidden, heads, token_width, init, queries.get(name, "output"))
@@ -188,10 +196,11 @@ class MotionAdapter(nn.Module):
         token_width: int,
         init: Literal["zero", "reference"] = "zero",
         query: Query | Mapping[str, Query] = "output",
+        only: str | None = None,
     ) -> "MotionAdapter":
         """An adapter with the sizes of these attention modules (each has `.heads` and `.to_out[0]`)."""
         sites = {name: (m.to_out[0].in_features, m.heads) for name, m in modules.items()}
-        return cls(sites, token_width, init, query)
+        return cls(sites, token_width, init, query, only)
 
     def site(self, name: str) -> AdapterSite:
         """The projections of one site, by the backbone's name for it."""
@@ -208,9 +217,13 @@ class MotionAdapter(nn.Module):
         return bool(self._handles)
 
     def attach(self, modules: Mapping[str, nn.Module]) -> "MotionAdapter":
-        """Hook into `modules` (site name -> attention). Raises ValueError if names or widths differ."""
+        """Hook into `modules` (site name -> attention), those of them that `only` lets through.
+
+        Raises ValueError if names or widths differ.
+        """
         if self.attached:
             raise RuntimeError("this motion adapter is attached already: detach it first")
+        modules = _chosen(modules, self.only)
         if set(modules) != set(self.site_names):
             raise ValueError(
                 f"the adapter has {len(self.site_names)} sites, the backbone {len(modules)}; "
@@ -306,6 +319,14 @@ class MotionAdapter(nn.Module):
             source.register_forward_pre_hook(note_query, prepend=True, with_kwargs=True),
             module.to_out[0].register_forward_pre_hook(add_motion),
         ]
+
+
+def _chosen(sites: Mapping[str, Any], only: str | None) -> dict[str, Any]:
+    """The sites whose whole names match `only`, all if it is None."""
+    try:
+        return {name: site for name, site in sites.items() if only is None or re.fullmatch(only, name)}
+    except re.error as error:
+        raise ValueError(f"only={only!r} is no regular expression: {error}") from error
 
 
 def _no_autocast(device: str) -> AbstractContextManager:
