@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from motionrag.backbones.base import MotionInput
-from motionrag.backbones.parts import LatentModel, read_parts
+from motionrag.backbones.parts import LatentModel, read_parts, tile_overlap
 from motionrag.backbones.sampling import denoising, generators
 from motionrag.encoders import CaptionEncoder, resolve_weights
 from motionrag.errors import MotionRAGError
@@ -148,7 +148,10 @@ class CogVideoX(LatentModel):
         for module in (vae, transformer):
             module.eval().requires_grad_(False)
         if vae_tiling:
-            vae.enable_tiling()
+            vae.enable_tiling(
+                tile_overlap_factor_height=tile_overlap(vae.tile_latent_min_height, self.spatial, 1 / 6),
+                tile_overlap_factor_width=tile_overlap(vae.tile_latent_min_width, self.spatial, 1 / 5),
+            )
 
     @classmethod
     def load(

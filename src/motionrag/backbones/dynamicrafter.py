@@ -33,7 +33,7 @@ from motionrag.backbones.dynamicrafter_encoders import (
 )
 from motionrag.backbones.dynamicrafter_unet import TINY_UNET, DynamiCrafterUNet
 from motionrag.backbones.dynamicrafter_weights import load_checkpoint
-from motionrag.backbones.parts import LatentModel, read_parts
+from motionrag.backbones.parts import LatentModel, read_parts, tile_overlap
 from motionrag.backbones.sampling import denoising, generators
 from motionrag.encoders import resolve_weights
 from motionrag.errors import MotionRAGError
@@ -44,10 +44,10 @@ TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 VAE = dict(
     block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
     up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, layers_per_block=2, norm_num_groups=32,
-    scaling_factor=0.18215,
+    scaling_factor=0.18215, sample_size=512,
 )  # fmt: skip
 TINY_VAE = VAE | dict(
-    block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4, sample_size=32
+    block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4, sample_size=16
 )  # fmt: skip
 TINY_IMAGE_RESAMPLER = dict(
     dim=32, depth=1, dim_head=16, heads=2, num_queries=2, embedding_dim=32, output_dim=384
@@ -214,6 +214,7 @@ class DynamiCrafter(LatentModel):
         vae.enable_slicing()  # frame by frame, as the reference: the memory of one
         if vae_tiling:
             vae.enable_tiling()
+            vae.tile_overlap_factor = tile_overlap(vae.tile_latent_min_size, self.spatial, 1 / 4)
 
     @classmethod
     def load(

@@ -68,6 +68,26 @@ def sampled_fingerprint(modules: Mapping[str, nn.Module]) -> str:
     return digest.hexdigest()[:16]
 
 
+def tile_overlap(latents: int, spatial: int, share: float) -> float:
+    """The share of an autoencoder's tile, `latents` wide at `spatial` pixels each, that overlaps the next one: what is
+    nearest to `share` in whole latents.
+
+    diffusers cuts tiles at `int(size * (1 - share))` and joins them at `int(size * share)`, of pixels and of latents; a
+    share that is none of these exactly gives latents of another size than the picture's.
+    """
+
+    def exact(overlap: int) -> bool:
+        found = overlap / latents
+        return all(
+            int(size * (1 - found)) * latents == size * (latents - overlap)
+            and int(size * found) * latents == size * overlap
+            for size in (latents, latents * spatial)
+        )
+
+    nearest = sorted(range(1, latents), key=lambda overlap: abs(overlap / latents - share))
+    return next(overlap for overlap in nearest if exact(overlap)) / latents
+
+
 class LatentModel:
     """A backbone whose denoiser works on the latents of an autoencoder: where these are, and the way into latents.
 
