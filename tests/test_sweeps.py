@@ -11,7 +11,9 @@ import socket
 import sys
 from types import SimpleNamespace
 
+import joblib
 import pytest
+from joblib.externals.loky import get_reusable_executor
 from omegaconf import OmegaConf
 
 from motionrag import cli, sweeps
@@ -318,6 +320,16 @@ def test_the_rank_that_failed_first_is_named():
         {0: lost, 1: killed, 2: ended}, 3
     )
     assert launch._reason({0: lost, 1: failure("MotionRAGError: no clips")}, 2) == "no clips"
+    silent = SimpleNamespace(message="To enable traceback see: ...", exitcode=1, timestamp=4)
+    assert "process 1 of 2 ended with exit code 1: its output" in launch._reason({0: ended, 1: silent}, 2)
+
+
+def test_processes_inside_a_process_of_joblib():
+    """As in `launcher=joblib trainer=ddp_cpu`."""
+    with joblib.parallel_config(backend="loky", n_jobs=2):
+        (found,) = joblib.Parallel()([joblib.delayed(launch.start)(2, OmegaConf.create({"k": 3}), dict)])
+    get_reusable_executor().shutdown()
+    assert found == {"k": 3}
 
 
 def test_a_rank_that_lost_its_peer_lets_the_dead_one_be_seen_first(monkeypatch):

@@ -151,6 +151,8 @@ def start(count: int, cfg: DictConfig, work: Callable[[DictConfig], dict[str, An
     # Ranks are forked from a process that has imported everything and done nothing: all runs of a sweep share the
     # seconds of importing, and no thread or GPU context is ever forked.
     resolved = OmegaConf.to_container(cfg, resolve=True)
+    if multiprocessing.get_start_method() == "loky":  # in joblib's processes; no rank has heard of it
+        multiprocessing.set_start_method(None, force=True)
     multiprocessing.set_forkserver_preload([work.__module__, *sorted(_modules(resolved))])
     # a rank that was killed leaves a semaphore behind; Python removes it and would warn after our error
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
@@ -225,6 +227,8 @@ def _reason(failures: dict[int, Any], count: int) -> str:
 
     number = min(failures, key=order)
     message = failures[number].message
+    if failures[number].exitcode > 0 and not isinstance(message, dict):
+        return f"process {number} of {count} ended with exit code {failures[number].exitcode}: its output says why"
     if not isinstance(message, dict):
         return f"process {number} of {count} was ended from outside ({message}): out of memory?"
     log.error("process %d of %d:\n%s", number, count, message["extraInfo"]["py_callstack"])
