@@ -57,7 +57,7 @@ def test_another_size_is_refused_before_anything_is_loaded(file):
 
 def test_missing_and_unexpected_keys_are_named(file):
     path, _ = file
-    expected = r"2 missing: cama.0.weight, .* 2 unexpected: cama.bias, cama.weight"
+    expected = r"2 missing: cama.0.weight \(2, 2\), .* 2 unexpected: cama.bias \(2,\), cama.weight \(2, 2\)"
     with pytest.raises(MotionRAGError, match=expected):
         load_weights(path, cama=nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(MotionRAGError, match="no motion_adapter weights, only cama, resampler"):

@@ -34,7 +34,9 @@ from motionrag.release import ENCODERS, export_release, import_release
 from motionrag.retrieval.database import RetrievalDatabase
 from motionrag.retrieval.retrievers import TextRetriever
 
-DOC = (Path(__file__).resolve().parents[1] / "docs" / "plugin.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+DOC, README = ((ROOT / page).read_text(encoding="utf-8") for page in ("docs/plugin.md", "README.md"))
+PYTHON = r"^```python\n(.*?)^```"
 TINY = resolve("pkg:tiny/adapter.safetensors").parent
 ATOL = 1e-4  # of pixels in [0, 1]
 
@@ -773,6 +775,8 @@ def test_references_that_cannot_be_used(cog, packages, pictures, clips, tmp_path
         (None, {"motion_scale": 1.0}, "need references"),
         (None, {"motion_prompt": "a ball"}, "need references"),
         (clips, {"k": 3}, "choose clips of a database"),
+        (clips, {"motion_scale": "much"}, "motion_scale='much': expected a number"),
+        (clips, {"motion_scale": float("nan")}, "motion_scale=nan: expected a number"),
         ("missing.mp4", {}, "missing.mp4: missing file"),
         (tmp_path, {"motion_prompt": "a ball"}, "expected a retrieval database"),
         (grey[..., :1], {}, r"uint8 \(9, 32, 32, 1\): expected uint8 \(T,H,W,3\)"),
@@ -791,7 +795,7 @@ def test_references_that_cannot_be_used(cog, packages, pictures, clips, tmp_path
 
 
 def test_the_examples_of_the_page(monkeypatch, tmp_path, pictures, clips, db):
-    """Both, as they stand; the published weights are the tiny ones here, with a text encoder put in."""
+    """All, as they stand; the published weights are the tiny ones here, with a text encoder put in."""
     monkeypatch.chdir(tmp_path)
     for name, clip in zip("ab", clips, strict=True):
         write_mp4(f"{name}.mp4", clip, 8)
@@ -803,13 +807,20 @@ def test_the_examples_of_the_page(monkeypatch, tmp_path, pictures, clips, db):
         return text([prompt]), text([""])
 
     published.encode_prompt = encode_prompt
-    examples = re.findall(r"^```python\n(.*?)^```", DOC, flags=re.M | re.S)
+    examples = re.findall(PYTHON, DOC, flags=re.M | re.S)
     assert len(examples) == 2
     with monkeypatch.context() as patch:
         patch.setattr(CogVideoXImageToVideoPipeline, "from_pretrained", lambda name: published)
         full = {"image": pictures[0]}
         exec(examples[0].replace("num_frames=17", "num_frames=9, num_inference_steps=2"), full)
     assert len(full["video"]) == 9 and full["video"][0].size == (32, 32)
+    full["motion"].detach()
+    (readme,) = (e for e in re.findall(PYTHON, README, flags=re.M | re.S) if "MotionPackage" in e)
+    short = {"image": pictures[0], "pipe": published, "MotionPackage": MotionPackage}
+    exec(readme.replace("references=", "num_frames=9, num_inference_steps=2, references="), short)
+    assert (
+        len(short["video"]) == 9 and short["motion"].folder.resolve() == Path("weights/cogvideox").resolve()
+    )
     tiny = {"image": pictures[0]}
     exec(examples[1].replace("num_inference_steps=25", "num_inference_steps=2"), tiny)
     assert tiny["retrieved"].shape == tiny["stronger"].shape == (1, 9, 32, 32, 3)

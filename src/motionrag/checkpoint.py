@@ -121,9 +121,9 @@ def read_pickled(path: Path) -> dict[str, Any]:
 
 
 def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
-    """Raise MotionRAGError naming the differing keys and shapes unless both have the same of each."""
-    missing = [k for k in expected if k not in found]
-    extra = [k for k in found if k not in expected]
+    """Raise MotionRAGError naming the differing keys with their shapes unless both have the same of each."""
+    missing = [f"{k} {tuple(v.shape)}" for k, v in expected.items() if k not in found]
+    extra = [f"{k} {tuple(v.shape)}" for k, v in found.items() if k not in expected]
     shapes = [
         f"{k} {tuple(found[k].shape)} instead of {tuple(v.shape)}"
         for k, v in expected.items()

@@ -14,6 +14,7 @@ tokens of width d.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -407,7 +408,7 @@ def _with_references(original: Callable, host: _Host) -> Callable:
         arguments = dict(bound.arguments)
         del arguments["self"]
         read = host.read(**arguments)
-        motions = [p._motion(read, given[p], motion_prompt, k, float(scales[p])) for p in given]
+        motions = [p._motion(read, given[p], motion_prompt, k, _number(scales[p])) for p in given]
         motion = _Joined.input(motions)
         if host.method == "sample":  # it orders the parts of guidance itself
             return original(self, *args, **kwargs, motion=motion)
@@ -415,6 +416,19 @@ def _with_references(original: Callable, host: _Host) -> Callable:
             return original(self, *args, **kwargs)
 
     return call
+
+
+def _number(scale: Any) -> float:
+    """A motion scale; raises MotionRAGError for what would make a video of nothing."""
+    try:
+        number = float(scale)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise MotionRAGError(
+            f"motion_scale={scale!r}: expected a number; 0 is the bare pipeline, 1 the default"
+        )
+    return number
 
 
 def _by_package(references: Any, packages: Sequence[MotionPackage]) -> dict[MotionPackage, Any]:

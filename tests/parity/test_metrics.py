@@ -18,7 +18,8 @@ def per_clip(metric):
 def test_metric_action_score(case):
     pred, target = case["in.pred_logits"], case["in.target_logits"]
     metric = ActionScore()
-    for rows in (slice(0, 2), slice(2, None)):
+    half = len(pred) // 2
+    for rows in (slice(0, half), slice(half, None)):
         metric.update(pred[rows], target[rows], ids(pred)[rows])
     case.check(score=metric.compute(), per_sample=per_clip(metric))
 
@@ -41,7 +42,7 @@ def test_metric_motion_distance(case):
 def test_metric_frechet_distance(case):
     real, fake = case["in.real_features"], case["in.fake_features"]
     metric = FrechetDistance(num_features=case.constructor["d"])
-    for rows in (real[:10], real[10:]):
+    for rows in real.chunk(2):
         metric.update(rows, real=True)
     metric.update(fake, real=False)
     case.check(distance=metric.compute())
