@@ -314,6 +314,7 @@ def test_unknown_verb(capsys):
         ("nested.rat=2", "unknown config key 'nested.rat', did you mean 'nested.rate'?"),
         ("rate=2", "unknown config key 'rate', did you mean 'nested.rate'?"),
         ("size=larg", "unknown size 'larg', did you mean 'large'?; available: large, small"),
+        ("size=null", "a group of configs is set to something that is no name"),
         ("db=${nothing}", "nothing"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel, UNetSpatioTemporalConditionModel
 
+from motionrag.errors import MotionRAGError
 from motionrag.modules.motion_adapter import AdapterSite, MotionAdapter
 
 WIDTH = 12  # of motion tokens
@@ -137,10 +138,10 @@ def test_an_adapter_at_some_sites(transformer, inputs, tokens):
     some.detach()
     assert hooked == [False, True] and not torch.allclose(moved, run(transformer, inputs))
     with pytest.raises(
-        ValueError, match=r"no site is called like only='blocks'; there are transformer_blocks.0"
+        MotionRAGError, match="only=blocks: no site is called like that; there are transformer_blocks.0"
     ):
         make(only="blocks")
-    with pytest.raises(ValueError, match="is no regular expression"):
+    with pytest.raises(MotionRAGError, match="is no regular expression"):
         make(only="(")
 
 
@@ -200,7 +201,7 @@ def test_errors_say_what_was_expected(transformer, adapter):
         adapter.set(torch.randn(2, 5, WIDTH + 1))
     with pytest.raises(RuntimeError, match="attached already"):
         adapter.attach(sites(transformer))
-    with pytest.raises(ValueError, match="unknown init"):
+    with pytest.raises(MotionRAGError, match="init=ones: choose"):
         MotionAdapter({"a": (8, 2)}, WIDTH, init="ones")
     with pytest.raises(ValueError, match="1 sites, the backbone 2"):
         MotionAdapter({"a": (8, 2)}, WIDTH).attach(sites(transformer))
@@ -341,7 +342,7 @@ def test_query_changes_no_keys_and_can_differ_between_sites(unet):
 
 
 def test_query_mistakes(transformer, unet, inputs, tokens):
-    with pytest.raises(ValueError, match="unknown query 'input': choose output or hidden"):
+    with pytest.raises(MotionRAGError, match="query=input: choose output or hidden"):
         MotionAdapter({"a": (8, 2)}, WIDTH, query="input")
     with pytest.raises(ValueError, match=r"query names sites that this adapter has not: \['b'\]"):
         MotionAdapter({"a": (8, 2)}, WIDTH, query={"b": "hidden"})

@@ -418,6 +418,10 @@ def _config_message(verb: str, error: Exception) -> str | None:
     """One line for what Hydra found wrong with the overrides or the config files."""
     from hydra.errors import HydraException, InstantiationException
 
+    if isinstance(error, ValueError) and "Config group override must be" in str(error):
+        return (
+            "a group of configs is set to something that is no name (GROUP=null?): choose one of its configs"
+        )
     line = user_message(error)
     if line is not None or not isinstance(error, HydraException) or isinstance(error, InstantiationException):
         return line

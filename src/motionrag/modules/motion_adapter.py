@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from motionrag.errors import MotionRAGError
+
 Query = Literal["output", "hidden"]
 
 # Positions at once on a CPU, in the fast form: what lies between its steps then stays in the cache.
@@ -153,7 +155,8 @@ class MotionAdapter(nn.Module):
             site name -> query; sites that are not named then take "output".
         only: regular expression that a site's whole name must match, or there is no adapter at it; None for all.
 
-    The query is no weight: an adapter has to be built with the one it was trained with.
+    The query is no weight: an adapter has to be built with the one it was trained with. Raises MotionRAGError for an
+    `init`, `query` or `only` that there is not.
 
     State keys are `<site with dots as slashes>.to_{q,k,v}.weight`.
     """
@@ -169,18 +172,18 @@ class MotionAdapter(nn.Module):
         super().__init__()
         every, sites = sites, _chosen(sites, only)
         if every and not sites:
-            raise ValueError(
-                f"no site is called like only={only!r}; there are {', '.join(list(every)[:4])}, ..."
+            raise MotionRAGError(
+                f"motion_adapter.only={only}: no site is called like that; there are {', '.join(list(every)[:4])}, ..."
             )
         if init not in ("zero", "reference"):
-            raise ValueError(f"unknown init {init!r}: choose zero or reference")
+            raise MotionRAGError(f"motion_adapter.init={init}: choose zero or reference")
         if not sites:
             raise ValueError("a motion adapter needs at least one site")
         queries = dict.fromkeys(sites, query) if isinstance(query, str) else dict(query)
         if unknown := sorted(queries.keys() - sites.keys()):
             raise ValueError(f"query names sites that this adapter has not: {unknown[:4]}")
         if wrong := sorted(set(queries.values()) - {"output", "hidden"}):
-            raise ValueError(f"unknown query {wrong[0]!r}: choose output or hidden")
+            raise MotionRAGError(f"motion_adapter.query={wrong[0]}: choose output or hidden")
         self.site_names, self.only = tuple(sites), only
         self.token_width = token_width
         for name, (hidden, heads) in sites.items():
@@ -326,7 +329,7 @@ def _chosen(sites: Mapping[str, Any], only: str | None) -> dict[str, Any]:
     try:
         return {name: site for name, site in sites.items() if only is None or re.fullmatch(only, name)}
     except re.error as error:
-        raise ValueError(f"only={only!r} is no regular expression: {error}") from error
+        raise MotionRAGError(f"motion_adapter.only={only} is no regular expression: {error}") from error
 
 
 def _no_autocast(device: str) -> AbstractContextManager:
