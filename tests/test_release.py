@@ -488,6 +488,13 @@ def test_exports_that_cannot_be(tmp_path, sizes, published):
         export_release("svd", tmp_path / "ours", tmp_path / "back")
     with pytest.raises(MotionRAGError, match="no weights file"):
         export_release("cogvideox", tmp_path / "CogVideoX", tmp_path / "back")
+    save_weights(
+        tmp_path / "hidden/adapter.safetensors",
+        {"resampler.x": torch.zeros(1)},
+        {"adapter_query": ["hidden"]},
+    )
+    with pytest.raises(MotionRAGError, match="adapter_query=hidden, the reference only has output: train"):
+        export_release("svd", tmp_path / "hidden", tmp_path / "back")
     cama = tmp_path / "ours" / "cama.safetensors"
     for state, match in (
         ({"resampler.x": torch.zeros(1)}, "holds no cama weights"),

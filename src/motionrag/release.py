@@ -407,7 +407,8 @@ def export_release(release: str, path: str | Path, out: str | Path) -> dict[str,
     `sos_token`, and their queries.
 
     Returns {"release", "files": {file: {"tensors", "parameters", "dtype"}}}. Raises MotionRAGError when `out` is there
-    already, a weights file is missing or damaged, and when the adapter's sites are not those of the release.
+    already, a weights file is missing or damaged, when the adapter's sites are not those of the release, and when it was
+    trained with another query than the reference's.
     """
     chosen, folder, out = find_release(release), Path(path), Path(out)
     _check_new(out)
@@ -419,6 +420,12 @@ def export_release(release: str, path: str | Path, out: str | Path) -> dict[str,
             continue
         tensors, manifest = read_weights(file)
         state |= tensors
+        query = manifest.get("about", {}).get("adapter_query", ["output"])
+        if query != ["output"]:  # no key tells them apart
+            raise MotionRAGError(
+                f"{file} was trained with adapter_query={'/'.join(query)}, the reference only has output: train Stage 1 "
+                "with backbone.adapter_query=output"
+            )
         imported = manifest.get("about", {}).get("release", {})
         absent |= {(source, key) for source, keys in imported.get("absent", {}).items() for key in keys}
     for part in ("resampler", "motion_adapter", "cama"):
