@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from motionrag import cli
+from motionrag.checkpoint import read_weights
+
 
 @pytest.mark.parametrize("experiment", ["smoke", "smoke_cama"])
 def test_equal_seeds_equal_bits(experiment, train_files, tmp_path):
@@ -26,13 +29,18 @@ def test_each_seed_moves_its_own_part(train_config):
     ]
 
 
-def test_one_process_and_two(train_files, tmp_path, monkeypatch):
+def test_one_process_and_two(train_files, motionworld, tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
+    monkeypatch.chdir(tmp_path)
     whole, _ = train_files("smoke_cama", tmp_path / "whole", "data.batch_size=4")
     first = ["data.batch_size=4", "trainer.max_steps=1", "callbacks.last.every_n_train_steps=1"]
     train_files("smoke_cama", tmp_path / "parts", *first)
-    moved = ["trainer=ddp_cpu", "data.batch_size=1", "trainer.accumulate_grad_batches=2", "ckpt_path=last"]
-    parts, about = train_files("smoke_cama", tmp_path / "parts", *moved)
+    moved = ["trainer=ddp_cpu", "trainer.devices=2", "data.batch_size=1", "trainer.accumulate_grad_batches=2"]
+    words = ["experiment=smoke_cama", "make=null", f"db={motionworld}/db", "ckpt_path=last"]
+    assert cli.main(["train", *words, *moved, "hydra.run.dir=parts"]) == 0
+    assert capfd.readouterr().out.count("train: 4 steps") == 1
+    assert [len(list((tmp_path / "parts").glob(one))) for one in ("*.log", "results.json")] == [1, 1]
+    parts, about = read_weights(tmp_path / "parts/weights/cama.safetensors")
     assert about["about"]["steps"] == 4
     for key, value in whole.items():
         torch.testing.assert_close(
