@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from motionrag.backbones.cogvideox import CogVideoX
+from motionrag.backbones.dynamicrafter import DynamiCrafter
 from motionrag.backbones.svd import SVD
 
 
@@ -15,6 +16,7 @@ def text(prompts):
 
 BACKBONES = {
     "cogvideox": lambda: CogVideoX.tiny(text=text, num_layers=2, num_attention_heads=1),
+    "dynamicrafter": lambda: DynamiCrafter.tiny(text=text),
     "svd": SVD.tiny,
 }
 
