@@ -90,7 +90,12 @@ def test_it_continues_at_a_whole_step(batch, accumulate, cama_module, run, tmp_p
 
 def test_steps_of_the_configuration_are_those_of_the_optimizer(train_files, tmp_path):
     words = ["data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.log_every_n_steps=2"]
-    _, manifest = train_files("smoke_cama", tmp_path, *words, "callbacks.throughput.every_n_steps=1")
+    words += [
+        "callbacks=keep",
+        "callbacks.kept.every_n_train_steps=1",
+        "callbacks.throughput.every_n_steps=1",
+    ]
+    _, manifest = train_files("smoke_cama", tmp_path, *words)
     assert manifest["about"]["steps"] == 4
     for name in (
         "train/loss",
@@ -98,5 +103,7 @@ def test_steps_of_the_configuration_are_those_of_the_optimizer(train_files, tmp_
         "clips_per_second",
     ):  # experiment=smoke_cama validates every two steps
         assert [step for step, _ in logged(tmp_path, name)] == [1, 3], name
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["best.ckpt", "last.ckpt", *(f"step={step:06d}.ckpt" for step in (2, 3, 4))]
     last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 4 and last["MotionDataModule"]["clips"] == 16
