@@ -62,13 +62,19 @@ def manifest_cases() -> dict[str, dict]:
     return {entry["case"]: entry for entry in json.loads(path.read_text())["cases"]} if path.exists() else {}
 
 
+@pytest.fixture(scope="session")
+def cases() -> dict[str, dict]:
+    """Case name -> manifest entry."""
+    if not (found := manifest_cases()):
+        pytest.skip(f"no parity folder at {FOLDER}: set MOTIONRAG_PARITY_DIR")
+    return found
+
+
 @pytest.fixture
-def case(request: pytest.FixtureRequest) -> Case:
+def case(request: pytest.FixtureRequest, cases: dict[str, dict]) -> Case:
     """The case named like the test (or by its parameter); all of its outputs must be checked."""
     name = getattr(request, "param", request.node.originalname.removeprefix("test_"))
-    cases = manifest_cases()
-    if not cases:
-        pytest.skip(f"no parity folder at {FOLDER}: set MOTIONRAG_PARITY_DIR")
+    assert name in cases, f"{FOLDER / 'manifest.json'} has no case {name}"
     case = Case(cases[name], request.node.user_properties)
     yield case
     left = {k for k in case.tensors if k.startswith("out.")} - case.checked
