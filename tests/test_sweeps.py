@@ -159,6 +159,16 @@ def test_mistakes_start_nothing(sweep, capsys):
     assert not sweep.seen and not sweep.folder.exists()
 
 
+def test_where_there_is_no_slurm(sweep, tmp_path, root, monkeypatch, capsys):
+    (tmp_path / "conf/hydra/launcher").mkdir()
+    launcher = "conf/hydra/launcher/slurm.yaml"
+    (tmp_path / launcher).write_text((root / launcher).read_text())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert sweep("k=1,2", "launcher=slurm") == 2
+    assert 'launcher=slurm could not run the points (Could not detect "srun"' in one_line(capsys)
+    assert {row["state"] for row in table(sweep.folder).values()} == {"waiting"}
+
+
 def test_a_folder_belongs_to_one_setting(sweep, capsys):
     assert sweep("k=1,2", "path=b") == 0
     assert sweep("k=1,2", "path=c") == 2

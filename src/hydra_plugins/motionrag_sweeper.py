@@ -92,6 +92,16 @@ class PointSweeper(BasicSweeper):
         except Exception as error:
             rows = sweeps.wait(self.folder) if self.todo else []
             broken = [r for r in rows if r["name"] in self.todo and r["state"] in ("failed", "stopped")]
+            if (
+                not broken
+                and "tasks_per_node" in self.config.hydra.launcher
+                and isinstance(error, RuntimeError)
+            ):
+                said = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())[:300]
+                raise MotionRAGError(
+                    f"launcher=slurm could not run the points ({said}): check sinfo and launcher.partition=NAME, or leave "
+                    "out launcher=slurm to run them here"
+                ) from error
             if not broken:  # nothing was started: the sweep itself is wrong
                 raise
             first = (
