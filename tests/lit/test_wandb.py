@@ -1,6 +1,7 @@
 """What W&B is told: grouped runs, artifacts, lineage, evaluations, the workspace; and that it cannot stop a run."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,32 @@ def test_no_server_and_no_package_stop_nothing(offline, tmp_path, monkeypatch, c
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert train.wandb_logger(save_dir=str(tmp_path), project="p") is None
     assert "W&B is not installed" in capsys.readouterr().out
+
+
+UNREACHABLE = """
+import sys
+import wandb
+from motionrag.cli.train import wandb_logger
+print(wandb_logger(sys.argv[1], project="p").experiment.offline)
+wandb.finish()
+"""
+
+
+def test_a_server_that_does_not_answer(tmp_path, root, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    env = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "2", "WANDB_API_KEY": "0" * 40}
+    done = subprocess.run(
+        [sys.executable, "-c", UNREACHABLE, tmp_path],
+        env={**os.environ, **env, "PYTHONPATH": str(root / "src")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cannot be reached, the run is kept offline" in done.stdout
+    assert done.stdout.splitlines()[-1] == "True"
+    (run,) = tmp_path.glob("wandb/offline-run-*")
+    assert run.name.endswith((tmp_path / "wandb.id").read_text().strip())
 
 
 def test_the_workspace_is_in_the_repository(offline, tmp_path, monkeypatch, capsys):

@@ -314,6 +314,7 @@ def wandb_logger(save_dir: str, resume: str | bool | None = None, **options: Any
                 f"W&B cannot be reached, the run is kept offline ({reason}); later: wandb sync {save_dir}/wandb/*"
             )
             os.environ["WANDB_MODE"] = "offline"
+            wandb.teardown()  # its session would hold on to the run's id
             return WandbLogger(offline=True, **options | {"mode": "offline"})
     return logger
 
