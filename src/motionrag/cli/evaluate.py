@@ -115,7 +115,9 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
     metrics = load_metrics(cfg, counts)
     model = build(cfg)
     model.check_database(db)
-    find = References(db, instantiate(cfg.retriever, db=db), int(cfg.k), str(cfg.query), cfg.without, cfg.order)
+    find = References(
+        db, instantiate(cfg.retriever, db=db), int(cfg.k), str(cfg.query), cfg.without, cfg.order
+    )
     if "known_only" in conditions:
         check_depth(db, int(cfg.k), len(find.left_out))  # now, not after the conditions before it
     fps, sampling = model.backbone.fps, {key: cfg[key] for key in ("steps", "guidance", "motion_scale")}

@@ -1,6 +1,5 @@
 """Stage 1: teach a frozen backbone to follow motion tokens."""
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,18 +12,9 @@ from motionrag.checkpoint import load_weights
 from motionrag.data.batch import MotionBatch
 from motionrag.encoders import MotionEncoder
 from motionrag.errors import MotionRAGError
-from motionrag.lit.stage import MakeOptimizer, MakeScheduler, Stage
+from motionrag.lit.stage import MakeOptimizer, MakeScheduler, Stage, step_seed
 from motionrag.modules.motion_adapter import MotionAdapter
 from motionrag.modules.resampler import Resampler
-
-
-def step_seed(seed: int, purpose: str, position: int | tuple) -> int:
-    """A 63-bit seed for one purpose at one place of the training stream.
-
-    Randomness of a step depends on nothing else, so a resumed run draws what the uninterrupted one would have.
-    """
-    digest = hashlib.sha256(f"{seed}/{purpose}/{position}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 class AdapterModule(Stage):

@@ -1,5 +1,8 @@
 """Stage 2: teach CAMA to predict a clip's motion tokens from reference clips."""
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,7 +10,7 @@ from torch import Tensor
 from motionrag.checkpoint import load_weights
 from motionrag.data.batch import MotionBatch
 from motionrag.errors import MotionRAGError
-from motionrag.lit.stage import MakeOptimizer, MakeScheduler, Stage
+from motionrag.lit.stage import MakeOptimizer, MakeScheduler, Stage, step_seed
 from motionrag.modules.cama import CAMA, cama_losses, sequence_order
 from motionrag.modules.resampler import Resampler
 
@@ -28,6 +31,7 @@ class CAMAModule(Stage):
         exchange: share of training samples in which some tokens, of references and target alike, are another sample's
             (see `exchange_tokens`; 0 in the paper). CAMA then learns to hand on motion that it does not know.
         cache: keep every clip's motion tokens in the CPU's memory once they are computed (small databases).
+        seed: of what is exchanged; it depends on nothing but this and the sample's place in the data.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class CAMAModule(Stage):
         weights: str | None = None,
         exchange: float = 0.0,
         cache: bool = False,
+        seed: int = 0,
     ) -> None:
         if not 0 <= exchange <= 1:
             raise MotionRAGError(f"module.exchange={exchange}: expected a share from 0 (never) to 1")
@@ -55,7 +60,7 @@ class CAMAModule(Stage):
         self.cama = cama
         if weights:
             load_weights(weights, cama=cama)
-        self.exchange = exchange
+        self.exchange, self.seed = exchange, seed
         self._kept: dict[str, Tensor] | None = {} if cache else None
 
     @property
@@ -109,7 +114,9 @@ class CAMAModule(Stage):
             tokens = self._tokens(
                 batch, torch.cat([batch.reference_motion, batch.target_motion[:, None]], dim=1)
             )
-        tokens = exchange_tokens(tokens, exchange)
+        tokens = exchange_tokens(
+            tokens, exchange, [step_seed(self.seed, "exchange", p) for p in batch.position]
+        )
         references = tokens[:, :-1]
         truth = sequence_order(references, tokens[:, -1])
         return self.cama(references, batch.reference_appearance, batch.target_appearance), truth
@@ -128,15 +135,17 @@ class CAMAModule(Stage):
         return kept.unflatten(0, features.shape[:2])
 
 
-def exchange_tokens(tokens: Tensor, share: float) -> Tensor:
+def exchange_tokens(tokens: Tensor, share: float, seeds: Sequence[int]) -> Tensor:
     """Motion tokens (B, S, l, d) with some of the l places, the same in all S clips, taken from the sample before.
 
     It happens to each sample with probability `share`, to each place of it with one that is drawn evenly from 0..1 for
-    that sample. Such mixtures are motions that no clip shows, yet references and target agree about them.
+    that sample, by its own one of `seeds` (B). Such mixtures are motions that no clip shows, yet references and target
+    agree about them.
     """
     if not share:
         return tokens
-    samples, _, places, _ = tokens.shape
-    rate = torch.rand(samples, 1) * (torch.rand(samples, 1) < share)
-    taken = (torch.rand(samples, places) < rate).to(tokens.device)
-    return torch.where(taken[:, None, :, None], tokens.roll(1, 0), tokens)
+    taken = []
+    for seed in seeds:
+        draw = partial(torch.rand, generator=torch.Generator().manual_seed(seed))
+        taken.append(draw(tokens.shape[2]) < draw(1) * (draw(1) < share))
+    return torch.where(torch.stack(taken).to(tokens.device)[:, None, :, None], tokens.roll(1, 0), tokens)

@@ -1,5 +1,7 @@
-"""What all stages have in common: an optimizer by config, parameters that can be dealt out, checked checkpoints."""
+"""What all stages have in common: an optimizer by config, parameters that can be dealt out, checked
+checkpoints, seeds for what is drawn."""
 
+import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +15,15 @@ from motionrag.lit.sharding import shard
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+
+def step_seed(seed: int, purpose: str, position: int | tuple) -> int:
+    """A 63-bit seed for one purpose at one place of the training stream.
+
+    Randomness of a step depends on nothing else, so a resumed run draws what the uninterrupted one would have.
+    """
+    digest = hashlib.sha256(f"{seed}/{purpose}/{position}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 class Stage(L.LightningModule):
