@@ -80,21 +80,24 @@ def pipeline(backbone):
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
     """Backbone -> folder of a package: the one that ships, random ones for the others ("other": for CogVideoX, "thin":
-    for one with fewer layers)."""
+    for one with fewer layers, "some": for CogVideoX, at one layer)."""
     folders = {"cogvideox": TINY}
     sizes = read_weights(TINY / "cama.safetensors")[1]["about"]["sizes"]
     encoders = read_weights(TINY / "cama.safetensors")[1]["about"]["encoders"]
-    for seed, (name, make) in enumerate({**BACKBONES, "other": cogvideox, "thin": thin}.items()):
+    for seed, (name, make) in enumerate(
+        {**BACKBONES, "other": cogvideox, "thin": thin, "some": cogvideox}.items()
+    ):
         if name in folders:
             continue
         backbone, folder = make(), tmp_path_factory.mktemp(name)
         torch.manual_seed(seed)
         resampler, cama = new_networks(sizes)
-        adapter = MotionAdapter.for_modules(backbone.adapter_sites(), 128, init="reference")
+        only = ".*blocks.1.*" if name == "some" else None
+        adapter = MotionAdapter.for_modules(backbone.adapter_sites(), 128, init="reference", only=only)
         state = {f"resampler.{k}": v for k, v in resampler.state_dict().items()}
         state |= {f"motion_adapter.{k}": v for k, v in adapter.state_dict().items()}
         about = {"backbone": backbone.name, "sizes": sizes, "encoders": encoders}
-        about["adapter_query"] = [backbone.adapter_query]
+        about |= {"adapter_query": [backbone.adapter_query], "adapter_only": only}
         save_weights(folder / "adapter.safetensors", state, about)
         state = {f"cama.{k}": v for k, v in cama.state_dict().items()}
         save_weights(folder / "cama.safetensors", state, about)
@@ -229,6 +232,13 @@ def test_without_references_the_pipeline_is_bare(name, pipe, motion, pictures, c
     bare = run(pipeline(BACKBONES[name]()), pictures[:1])
     assert torch.equal(run(pipe, pictures[:1]), bare)
     assert torch.equal(run(pipe, pictures[:1], references=clips, motion_scale=0), bare)
+
+
+def test_a_package_for_some_layers(cog, packages, pictures, clips):
+    MotionPackage.load(packages["some"]).attach(cog)
+    hooked = [bool(block.attn1.to_out[0]._forward_pre_hooks) for block in cog.transformer.transformer_blocks]
+    assert hooked == [False, True, False, False, False]
+    assert not np.allclose(run(cog, pictures, references=clips), run(cog, pictures))
 
 
 def test_several_videos_of_a_picture(packages, pictures, clips):

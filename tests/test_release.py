@@ -495,6 +495,11 @@ def test_exports_that_cannot_be(tmp_path, sizes, published):
     )
     with pytest.raises(MotionRAGError, match="adapter_query=hidden, the reference only has output: train"):
         export_release("svd", tmp_path / "hidden", tmp_path / "back")
+    save_weights(
+        tmp_path / "some/adapter.safetensors", {"resampler.x": torch.zeros(1)}, {"adapter_only": ".*0.*"}
+    )
+    with pytest.raises(MotionRAGError, match=r"adapters at the layers \.\*0\.\* alone, the reference at all"):
+        export_release("cogvideox", tmp_path / "some", tmp_path / "back")
     cama = tmp_path / "ours" / "cama.safetensors"
     for state, match in (
         ({"resampler.x": torch.zeros(1)}, "holds no cama weights"),

@@ -132,14 +132,15 @@ class MotionPackage:
                 f"{self.folder} is attached already: detach it first, or load the package once more"
             )
         host = _host(pipe)
-        query = self.about.get("adapter_query", ["output"])[0]  # the first packages do not say it: CogVideoX
+        # the first packages do not say their query: CogVideoX
+        query, only = self.about.get("adapter_query", ["output"])[0], self.about.get("adapter_only")
         try:
             model = MotionRAG(
                 backbone=host,
                 motion_encoder=self.motion_encoder,
                 appearance_encoder=self.appearance_encoder,
                 resampler=self.resampler,
-                motion_adapter=partial(MotionAdapter.for_modules, query=query),
+                motion_adapter=partial(MotionAdapter.for_modules, query=query, only=only),
                 cama=self.cama,
                 adapter_weights=str(self.folder / "adapter.safetensors"),
                 cama_weights=str(self.folder / "cama.safetensors"),

@@ -407,8 +407,8 @@ def export_release(release: str, path: str | Path, out: str | Path) -> dict[str,
     `sos_token`, and their queries.
 
     Returns {"release", "files": {file: {"tensors", "parameters", "dtype"}}}. Raises MotionRAGError when `out` is there
-    already, a weights file is missing or damaged, when the adapter's sites are not those of the release, and when it was
-    trained with another query than the reference's.
+    already, a weights file is missing or damaged, when the adapter's sites are not those of the release or not all, and
+    when it was trained with another query than the reference's.
     """
     chosen, folder, out = find_release(release), Path(path), Path(out)
     _check_new(out)
@@ -420,6 +420,11 @@ def export_release(release: str, path: str | Path, out: str | Path) -> dict[str,
             continue
         tensors, manifest = read_weights(file)
         state |= tensors
+        if only := manifest.get("about", {}).get("adapter_only"):
+            raise MotionRAGError(
+                f"{file} has adapters at the layers {only} alone, the reference at all: train Stage 1 with "
+                "motion_adapter.only=null"
+            )
         query = manifest.get("about", {}).get("adapter_query", ["output"])
         if query != ["output"]:  # no key tells them apart
             raise MotionRAGError(

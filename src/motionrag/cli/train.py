@@ -218,6 +218,7 @@ def _about(cfg: DictConfig, module: L.LightningModule, db: RetrievalDatabase | N
     if cfg.stage_name != "cama":
         about["backbone"] = module.backbone.name
         about["adapter_query"] = sorted(set(module.motion_adapter.query.values()))
+        about |= {"adapter_only": only} if (only := module.motion_adapter.only) else {}
         about["encoders"] = {"motion": dict(module.motion_encoder.identity)}
         if db is not None:
             db.check_encoders({"motion": module.motion_encoder})
