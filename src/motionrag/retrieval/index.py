@@ -20,6 +20,9 @@ KINDS = ("flat", "ivf_flat", "ivf_pq", "hnsw")
 FLAT_VALUES = 8_000_000
 #: Clips below which an inverted file or a product quantiser has too little to be trained on.
 TRAINABLE = 1000
+#: Clips for each cell that an inverted file is trained on. With 64, a group of like captions may have no clip among
+#: them; its clips are then scattered over cells that no query for them looks into.
+TRAINED_ON = 160
 #: ivf_pq: for each clip asked for, so many are taken by their codes and ordered by their embeddings.
 REFINE = 30
 
@@ -231,7 +234,7 @@ def build_index(
     if kind == "auto":
         kind = choose_kind(len(numbers), fetch(numbers[:1]).shape[1], memory_gb)
     rng = np.random.default_rng(0)
-    count = min(len(numbers), 64 * cell_count(len(numbers)))
+    count = min(len(numbers), TRAINED_ON * cell_count(len(numbers)))
     sample = np.sort(rng.choice(numbers, count, replace=False)) if kind.startswith("ivf") else numbers[:1]
     index = CaptionIndex.empty(kind, fetch(sample), len(numbers), fetch)
     for start in range(0, len(numbers), 8192):
