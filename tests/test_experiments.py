@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from motionrag.cli import conf_dir
@@ -37,6 +38,7 @@ def test_every_arm_and_training_composes(run, file):
         cfg = compose("evaluate", overrides=run.with_weights(spec["common"], weights))
     for arm, overrides in spec["arms"].items():
         words = run.settled([*spec["common"], *run.with_weights(overrides, weights)])
+        OverridesParser.create().parse_overrides(words)
         one = (*words, *spec.get("worlds", {}).get(arm, {}).items())
         assert one not in seen, f"{arm}: the same as another arm"
         seen.add(one)
