@@ -13,6 +13,8 @@ import numpy as np
 from motionrag.errors import MotionRAGError
 from motionrag.retrieval.index import CaptionIndex, build_index, exact_search
 
+TURN = 20  # queries of a method before the next one's
+
 Search = Callable[[np.ndarray], np.ndarray]
 
 
@@ -28,7 +30,9 @@ def run(
     """Time single queries for the ``k`` nearest of ``clips`` vectors (clips, width), indexes read from disk.
 
     The vectors lie around clips/50 centres, cosine to the centre about 0.7, as do the queries, which are others.
-    All methods take turns query by query, so that a busy machine slows all of them; times are medians over queries.
+    Every method answers all queries once before, so that what it reads from disk is in memory. Then they take turns, a
+    few queries each, so that a busy machine slows all of them and none finds another's data in the cache at every query;
+    times are medians over queries.
 
     Returns rows {method, build_s, disk_mb, p50_ms, p90_ms, recall, of_numpy, of_lancedb}: recall is the share of
     the true ``k`` nearest found, the last two how many times faster than those. Raises MotionRAGError if LanceDB is
@@ -54,15 +58,15 @@ def run(
         if lancedb:
             methods["lancedb, ivf_pq"] = _lancedb(vectors, k, Path(folder) / "lance")
         times: dict[str, list[float]] = {name: [] for name in methods}
-        found: dict[str, list[np.ndarray]] = {name: [] for name in methods}
-        for search, _, _ in methods.values():
-            search(asked[0])
-        for query in asked:
+        found: dict[str, list[np.ndarray]] = {}
+        for name, (search, _, _) in methods.items():
+            found[name] = [search(query) for query in asked]
+        for turn in np.split(asked, range(TURN, len(asked), TURN)):
             for name, (search, _, _) in methods.items():
-                start = time.perf_counter()
-                rows = search(query)
-                times[name].append(1000 * (time.perf_counter() - start))
-                found[name].append(rows)
+                for query in turn:
+                    start = time.perf_counter()
+                    search(query)
+                    times[name].append(1000 * (time.perf_counter() - start))
     median = {name: float(np.median(values)) for name, values in times.items()}
     rows = [
         {
