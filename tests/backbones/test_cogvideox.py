@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from diffusers import CogVideoXImageToVideoPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from motionrag.backbones.cogvideox import CogVideoX, SentenceText
 from motionrag.errors import MotionRAGError
@@ -67,3 +69,34 @@ def test_one_noise_level_for_all_images_is_a_choice():
         backbone = CogVideoX.tiny(text=words, reference_quirks=quirks, num_layers=1)
         drawn = backbone.image_noise_level(3, torch.Generator().manual_seed(0))
         assert drawn.shape == (3,) and len(drawn.unique()) == levels
+
+
+@pytest.mark.parametrize("sampler", ["dpm", "ddim"])
+def test_sampling_is_that_of_diffusers(tiny, monkeypatch, sampler):
+    """The pipeline draws the condition latents, our sampling takes their mode; all else is the same."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
+    backbone = CogVideoX(tiny.vae, tiny.denoiser, tiny.scheduler, words, 9, sampler=sampler)
+    pipe = CogVideoXImageToVideoPipeline(None, None, backbone.vae, backbone.denoiser, backbone.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    contexts = words(["a ball", "a cube here"]), words(["", ""])
+    frames = pipe(
+        images / 2 + 0.5, prompt_embeds=contexts[0], negative_prompt_embeds=contexts[1], height=32, width=32,
+        num_frames=9, num_inference_steps=4, guidance_scale=2.0, output_type="pt",
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
+    ).frames  # fmt: skip
+    ours = backbone.sample(images, *contexts, steps=4, guidance=2.0, seeds=[3, 4])
+    torch.testing.assert_close(ours / 2 + 0.5, frames, atol=2e-5, rtol=0)
+
+
+def test_samplers_differ_and_are_named(tiny):
+    image, contexts = torch.zeros(1, 3, 32, 32), (words(["x"]), words([""]))
+    videos = [
+        CogVideoX(tiny.vae, tiny.denoiser, tiny.scheduler, words, 9, sampler=name).sample(
+            image, *contexts, steps=3, seeds=[0]
+        )
+        for name in ("dpm", "ddim")
+    ]
+    assert (videos[0] - videos[1]).abs().max() > 1e-3
+    with pytest.raises(MotionRAGError, match="sampler=euler: expected dpm or ddim"):
+        CogVideoX(tiny.vae, tiny.denoiser, tiny.scheduler, words, 9, sampler="euler")

@@ -10,7 +10,12 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXTransformer3DModel,
+)
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox_image2video import get_resize_crop_region_for_grid
 from diffusers.utils.torch_utils import randn_tensor
@@ -35,6 +40,7 @@ SCHEDULER = dict(
     prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=1.0, timestep_spacing="trailing",
     set_alpha_to_one=True, clip_sample=False, steps_offset=0,
 )  # fmt: skip
+SAMPLERS = {"dpm": CogVideoXDPMScheduler, "ddim": CogVideoXDDIMScheduler}
 TINY_VAE = dict(
     block_out_channels=(8, 32, 64), down_block_types=("CogVideoXDownBlock3D",) * 3,
     up_block_types=("CogVideoXUpBlock3D",) * 3, latent_channels=16, layers_per_block=1, norm_num_groups=4,
@@ -112,7 +118,11 @@ class CogVideoX(LatentModel):
         reference_quirks: two oddities of the reference. In inference CAMA sees the target image in [0, 1] beside
             references in [-1, 1]; in training all condition images of a batch get one noise level.
         vae_tiling: let the autoencoder work on tiles, for less memory; blends their seams, so pixels differ a little.
+        sampler: "dpm", which draws new noise at every step, is the reference's; "ddim" draws none and keeps outlines
+            in fewer steps where the network is small. Both are diffusers' for CogVideoX.
         random_weights: no trained weights were loaded.
+
+    Raises MotionRAGError for an unknown sampler and for `frames` that do not fit the autoencoder.
     """
 
     adapter_query = "output"
@@ -122,7 +132,7 @@ class CogVideoX(LatentModel):
         self,
         vae: AutoencoderKLCogVideoX,
         transformer: CogVideoXTransformer3DModel,
-        scheduler: CogVideoXDPMScheduler,
+        scheduler: CogVideoXDPMScheduler | CogVideoXDDIMScheduler,
         text: Callable[[Sequence[str]], Tensor],
         frames: int,
         fps: float = 8.0,
@@ -131,9 +141,13 @@ class CogVideoX(LatentModel):
         text_dropout: float = 0.15,
         reference_quirks: bool = False,
         vae_tiling: bool = False,
+        sampler: str = "dpm",
         random_weights: bool = False,
     ):
-        self.vae, self.denoiser, self.scheduler, self.text = vae, transformer, scheduler, text
+        if sampler not in SAMPLERS:
+            raise MotionRAGError(f"sampler={sampler}: expected {' or '.join(SAMPLERS)}")
+        self.vae, self.denoiser, self.text = vae, transformer, text
+        self.scheduler = SAMPLERS[sampler].from_config(scheduler.config)
         self.frames, self.fps, self.name, self.min_timestep = frames, fps, name, min_timestep
         self.text_dropout, self.random_weights = text_dropout, random_weights
         self.reference_quirks = reference_quirks
@@ -284,7 +298,7 @@ class CogVideoX(LatentModel):
         self, image: Tensor, context: Tensor, null_context: Tensor, *, steps: int = 25, guidance: float = 3.0,
         seeds: Sequence[int] = (0,), motion: MotionInput | None = None, progress: bool = False,
     ) -> Tensor:  # fmt: skip
-        """DPM sampling. First frames (B, 3, H, W), contexts (B, L, D) -> (B, T, 3, H, W) in [-1, 1].
+        """First frames (B, 3, H, W), contexts (B, L, D) -> (B, T, 3, H, W) in [-1, 1].
 
         Each sample has its own seed, so its noise does not depend on its batch. The guided order is
         [unconditional, conditional]; guidance 1 runs the conditional half alone.
@@ -307,10 +321,13 @@ class CogVideoX(LatentModel):
                 if guided:
                     without, with_ = velocity.chunk(2)
                     velocity = without + guidance * (with_ - without)
-                latents, previous = self.scheduler.step(
-                    velocity, previous, t, timesteps[i - 1] if i else None, latents, generator=noise_of,
-                    return_dict=False,
-                )  # fmt: skip
+                if isinstance(self.scheduler, CogVideoXDDIMScheduler):
+                    latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+                else:
+                    latents, previous = self.scheduler.step(
+                        velocity, previous, t, timesteps[i - 1] if i else None, latents, generator=noise_of,
+                        return_dict=False,
+                    )  # fmt: skip
         return self.decode(latents)
 
     @torch.no_grad()
