@@ -130,6 +130,25 @@ def motionworld(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def publish(tmp_path, monkeypatch):
+    """`publish("name/model", folder)`: the folder as the hub's own library keeps it after a download; no network."""
+    import shutil
+
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def run(repository: str, folder: Path) -> None:
+        commit = "0123456789abcdef0123456789abcdef01234567"
+        place = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        shutil.copytree(folder, place / "snapshots" / commit)
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text(commit)
+
+    return run
+
+
 # What takes longest starts first, so that at the end no process waits for another's long file.
 LONGEST = (
     "slurm/test_slurm.py", "test_plugin.py", "lit/test_sharding.py", "backbones/test_contract.py", "cli/test_evaluate_protocol.py",

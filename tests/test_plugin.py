@@ -801,6 +801,25 @@ def test_references_that_cannot_be_used(cog, packages, pictures, clips, tmp_path
     motion.detach()
 
 
+# ---------------------------------------------------------------- from the hub
+
+
+def test_a_package_of_the_hub(publish, pictures, clips):
+    """A hub id gives what the folder gives; one that is not there is one line."""
+    publish("someone/motion", TINY)
+    videos = []
+    for place in (TINY, "someone/motion"):
+        pipe = pipeline(cogvideox())
+        motion = MotionPackage.load(place)
+        motion.attach(pipe)
+        videos.append(run(pipe, pictures[:1], references=clips))
+        motion.detach()
+    assert torch.equal(*videos)
+    with pytest.raises(MotionRAGError, match="package 'someone/else' cannot be loaded") as error:
+        MotionPackage.load("someone/else")
+    assert "\n" not in str(error.value)
+
+
 # ---------------------------------------------------------------- the page
 
 

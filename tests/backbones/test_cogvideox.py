@@ -37,6 +37,14 @@ def test_a_saved_one_is_the_same(tiny, folder):
     assert not loaded.denoiser.training and not loaded.vae.training
 
 
+def test_a_hub_id_is_as_good_as_a_folder(tiny, folder, publish):
+    publish("someone/cogvideox", folder)
+    loaded = CogVideoX.load("someone/cogvideox", words, frames=9)
+    image = torch.zeros(1, 3, 32, 32)
+    videos = [b.sample(image, words(["x"]), words([""]), steps=2, seeds=[0]) for b in (tiny, loaded)]
+    assert torch.equal(*videos)
+
+
 def test_loading_is_silent(folder, capfd):
     CogVideoX.load(str(folder), words, frames=9)
     assert capfd.readouterr() == ("", "")
