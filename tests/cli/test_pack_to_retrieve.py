@@ -124,6 +124,19 @@ def test_from_files_to_references(database, run, clips, tmp_path, random_encoder
     assert not [file for file in (tmp_path / "db").rglob("*.json") if str(tmp_path) in file.read_text()]
 
 
+def test_folders_may_be_called_by_numbers(run, clips, tmp_path):
+    """Hydra reads 2024 as a number."""
+    (tmp_path / "2023").symlink_to(clips)
+    for verb, *words in (
+        ("pack", f"table={clips / 'clips.csv'}", "videos=2023", "out=2024"),
+        ("encode", "shards=2024", "out=2025"),
+        ("index", "db=2025"),
+        ("retrieve", "a square drops", "db=2025", "k=1"),
+        ("retrieve", "a square drops", "db=[2025]", "k=1"),
+    ):
+        assert run(verb, *words)[0] == 0, verb
+
+
 def test_batches_do_not_matter(packed, run, tmp_path):
     assert run("encode", "shards=shards", "out=one", "batch_size=1")[0] == 0
     assert run("encode", "shards=shards", "out=all", "batch_size=8")[0] == 0

@@ -11,7 +11,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """Write the shards; see ``conf/pack.yaml`` for the keys."""
     from motionrag.data.packing import pack
 
-    index = pack(**OmegaConf.to_container(cfg, resolve=True))
+    options = OmegaConf.to_container(cfg, resolve=True)
+    places = {key: str(options[key]) for key in ("videos", "out")}  # a folder may be called 2024
+    index = pack(**options | places)
     skipped, noted = index["skipped"], index["noted"]
     for item in skipped:
         print(f"skipped {item['video']}: {item['reason']}")
