@@ -79,6 +79,21 @@ def test_missing_and_damaged_files(file, tmp_path):
         read_weights(path)
 
 
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ('{"schema": "motion', "w.json is not readable JSON"),
+        ("[1]", "w.json is not a manifest of weights"),
+        ('{"about": null}', "w.json is not a manifest of weights"),
+    ],
+)
+def test_damaged_manifests(file, text, reason):
+    file[0].with_suffix(".json").write_text(text)
+    with pytest.raises(MotionRAGError, match=f"{reason}.*copy it again") as error:
+        read_weights(file[0])
+    assert "\n" not in str(error.value)
+
+
 def test_nothing_but_trained_parts_is_saved():
     with pytest.raises(ValueError, match="backbone.weight"):
         trainable_state(nn.ModuleDict({"backbone": nn.Linear(2, 2)}))

@@ -37,6 +37,19 @@ def generate(model, tokens=None, seeds=(1, 2), **options):
     return model.generate(image, ["a ball rolls", "a wheel"][: len(seeds)], tokens, seeds=seeds, **options)
 
 
+def test_widths_that_do_not_go_together(cfg):
+    """One line each, before any weights are read."""
+    for words, reason in (
+        (["cama.width=64"], "appearance tokens have width .* CAMA has 64"),
+        (["cama.width=96", "cama.appearance_resampler.output_dim=96"], "makes .* takes .* of width 96"),
+        (["cama.appearance_resampler.num_queries=7"], "makes .* takes 7 of width"),
+    ):
+        changed = OmegaConf.merge(cfg, OmegaConf.from_dotlist(words))
+        with pytest.raises(Exception, match=reason) as error:
+            build(changed)
+        assert isinstance(error.value, MotionRAGError) or isinstance(error.value.__cause__, MotionRAGError)
+
+
 # ---------------------------------------------------------------- pictures
 
 

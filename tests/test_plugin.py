@@ -733,6 +733,51 @@ def test_what_is_no_package(copy, random_encoders):
         MotionPackage.load(copy)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"encoders": {"appearance": "dinov2"}},
+        {"encoders": {"appearance": {"name": "pkg:tiny/dinov2"}}},
+        {"sizes": {"cama": None}},
+        {"sizes": []},
+        {"encoders": None},
+    ],
+)
+def test_manifests_that_say_something_else(copy, change):
+    edit(copy / "cama.safetensors", **change)
+    with pytest.raises(MotionRAGError, match="does not say the sizes of cama and the appearance encoder"):
+        MotionPackage.load(copy)
+
+
+@pytest.mark.parametrize("key, value", [("width", -1), ("depth", "two")])
+def test_manifests_with_sizes_of_no_network(copy, key, value):
+    sizes = read_weights(copy / "cama.safetensors")[1]["about"]["sizes"]
+    edit(copy / "cama.safetensors", sizes=sizes | {"cama": sizes["cama"] | {key: value}})
+    with pytest.raises(MotionRAGError) as error:
+        MotionPackage.load(copy)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("sizes", [{"output_dim": 96}, {"num_queries": 7}])
+def test_stages_of_two_trainings(copy, sizes):
+    """A CAMA that takes other motion tokens than the Resampler makes is refused before anything is loaded."""
+    about = read_weights(copy / "cama.safetensors")[1]["about"]["sizes"]["cama"]
+    options = {k: v for k, v in about.items() if k != "_target_"}
+    appearance = {k: v for k, v in options["appearance_resampler"].items() if k != "_target_"} | sizes
+    options |= {"appearance_resampler": appearance, "width": appearance["output_dim"]}
+    cama = CAMA(Resampler(**appearance), **{k: v for k, v in options.items() if k != "appearance_resampler"})
+    state = {f"cama.{k}": v for k, v in cama.state_dict().items()}
+    manifest = read_weights(copy / "cama.safetensors")[1]["about"]
+    save_weights(copy / "cama.safetensors", state, manifest | {"sizes": {"cama": options}})
+    pipe = pipeline(cogvideox())
+    before = dict(pipe.transformer.named_modules())
+    with pytest.raises(
+        MotionRAGError, match="Resampler of .* makes .* tokens of width .* the CAMA of .* takes"
+    ):
+        MotionPackage.load(copy).attach(pipe)
+    assert before == dict(pipe.transformer.named_modules())
+
+
 def test_a_manifest_chooses_no_code(copy):
     sizes = read_weights(copy / "cama.safetensors")[1]["about"]["sizes"]
     edit(copy / "cama.safetensors", sizes={"cama": sizes["cama"] | {"_target_": "os.abort"}})

@@ -85,7 +85,12 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} is not a readable safetensors file ({error}): copy or train it again"
         ) from error
     beside = path.with_suffix(".json")
-    manifest = read_json(beside) if beside.is_file() else {}
+    try:
+        manifest = read_json(beside) if beside.is_file() else {}
+    except ValueError as error:
+        raise MotionRAGError(f"{beside} is not readable JSON ({error}): copy it again") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("about", {}), dict):
+        raise MotionRAGError(f"{beside} is not a manifest of weights: copy it again")
     if manifest and manifest.get("sha256") != sha256(path):
         raise MotionRAGError(f"{path} is not the file that {beside.name} describes: copy both again")
     return state, manifest

@@ -57,6 +57,13 @@ class MotionRAG:
             motion_encoder,
             appearance_encoder,
         )
+        makes = resampler.tokens, resampler.output_dim
+        if cama is not None and makes != (cama.tokens, cama.width):
+            raise MotionRAGError(
+                f"the motion Resampler of {adapter_weights} makes {makes[0]} tokens of width {makes[1]}, the CAMA of "
+                f"{cama_weights} takes {cama.tokens} of width {cama.width}: take both from one training, and resampler "
+                "and cama of its sizes"
+            )
         sites = backbone.adapter_sites()
         self.adapter = motion_adapter(sites, token_width=resampler.output_dim).eval().requires_grad_(False)
         self.resampler = resampler.eval().requires_grad_(False)

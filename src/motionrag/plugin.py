@@ -99,7 +99,7 @@ class MotionPackage:
             resampler = Resampler(**_options(stage1["sizes"]["resampler"]))
             sizes = _options(stage2["sizes"]["cama"])
             cama = CAMA(Resampler(**_options(sizes.pop("appearance_resampler"))), **sizes)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise MotionRAGError(
                 f"{folder}: no network has the sizes that its .json say ({error})"
             ) from error
@@ -133,7 +133,7 @@ class MotionPackage:
             )
         host = _host(pipe)
         # the first packages do not say their query: CogVideoX
-        query, only = self.about.get("adapter_query", ["output"])[0], self.about.get("adapter_only")
+        query, only = (self.about.get("adapter_query") or ["output"])[0], self.about.get("adapter_only")
         try:
             model = MotionRAG(
                 backbone=host,
@@ -499,7 +499,13 @@ def _folder(path: File) -> Path:
 def _about(file: Path, part: str, role: str) -> dict[str, Any]:
     """What the manifest of a weights file says; raises MotionRAGError unless sizes and encoder are named."""
     about = read_weights(file)[1].get("about", {})
-    if part not in about.get("sizes", {}) or role not in about.get("encoders", {}):
+    try:
+        encoder = about["encoders"][role]
+        said = isinstance(about["sizes"][part], dict) and isinstance(encoder["name"], str)
+        said = said and isinstance(encoder["size"], int)
+    except (KeyError, TypeError):
+        said = False
+    if not said:
         raise MotionRAGError(
             f"{file.with_suffix('.json')} does not say the sizes of {part} and the {role} encoder: copy it from where "
             "the weights were written (motionrag train), or import the release again"

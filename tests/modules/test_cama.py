@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from motionrag.errors import MotionRAGError
 from motionrag.modules.cama import CAMA, block_causal_mask, cama_losses, sequence_order
 from motionrag.modules.resampler import Resampler
 
@@ -82,7 +83,7 @@ def test_errors_say_what_was_expected(cama, inputs):
         cama(inputs[0][:, :, :2], *inputs[1:])
     with pytest.raises(ValueError, match="end at 15"):
         cama(*(torch.cat([x, x[:, :1]], 1) for x in inputs[:2]), inputs[2])
-    with pytest.raises(ValueError, match="width 16, CAMA has 8"):
+    with pytest.raises(MotionRAGError, match="width 16, CAMA has 8"):
         CAMA(cama.appearance_resampler, width=8)
 
 

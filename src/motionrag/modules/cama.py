@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from motionrag.errors import MotionRAGError
 from motionrag.modules.resampler import Resampler
 
 
@@ -70,8 +71,9 @@ class CAMA(nn.Module):
     ) -> None:
         super().__init__()
         if appearance_resampler.output_dim != width:
-            raise ValueError(
-                f"appearance tokens have width {appearance_resampler.output_dim}, CAMA has {width}"
+            raise MotionRAGError(
+                f"appearance tokens have width {appearance_resampler.output_dim}, CAMA has {width}: set cama.width and "
+                "cama.appearance_resampler.output_dim alike"
             )
         self.width = width
         self.tokens = appearance_resampler.tokens

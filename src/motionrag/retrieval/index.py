@@ -23,6 +23,11 @@ TRAINABLE = 1000
 #: Clips for each cell that an inverted file is trained on. With 64, a group of like captions may have no clip among
 #: them; its clips are then scattered over cells that no query for them looks into.
 TRAINED_ON = 160
+#: Clips above which an inverted file has finer cells, one for every FINE clips. With 2 sqrt(n) cells of a million clips
+#: a cell holds many groups of like captions and stands for none: a quarter of all clips had to be searched.
+MANY, FINE, MOST_CELLS = 200_000, 64, 65_536
+#: Clips that such cells are trained on, at most.
+MOST_TRAINED = 2_000_000
 #: ivf_pq: for each clip asked for, so many are taken by their codes and ordered by their embeddings.
 REFINE = 30
 
@@ -55,7 +60,7 @@ class CaptionIndex:
 
     index: what FAISS made or read. fetch: the embeddings themselves; only ivf_pq, which keeps codes, needs it.
 
-    ``flat`` is exact; ``ivf_flat`` looks into the nearest of about 2 sqrt(n) cells; ``ivf_pq`` does, keeps W/8
+    ``flat`` is exact; ``ivf_flat`` looks into the nearest cells (see :func:`cell_count`); ``ivf_pq`` does, keeps W/8
     bytes for each clip, and orders what it found by the embeddings; ``hnsw`` follows a graph. All scores are
     exact inner products. ``effort`` is the number of cells looked into, or hnsw's width of search.
     """
@@ -87,8 +92,11 @@ class CaptionIndex:
             raise MotionRAGError(
                 f"kind={kind} needs at least {TRAINABLE} clips, here are {clips}; use kind=flat"
             )
-        cells = cell_count(clips)
-        coarse = faiss.IndexFlatIP(width)
+        cells, sample = cell_count(clips), _rows(sample)
+        coarse: faiss.Index = faiss.IndexFlatIP(width)
+        if clips > MANY:
+            centres = two_level_centres(sample, cells)
+            cells, coarse = len(centres), _coarse(centres)
         if kind == "ivf_flat":
             index = faiss.IndexIVFFlat(coarse, width, cells, faiss.METRIC_INNER_PRODUCT)
         else:
@@ -97,7 +105,7 @@ class CaptionIndex:
             index.pq.cp.min_points_per_centroid = 1  # no warning: the order is put right by the embeddings
         index.cp.spherical = True
         index.cp.min_points_per_centroid = 1
-        index.train(_rows(sample))
+        index.train(sample)  # not the cells, if they are there
         return cls(index, fetch)
 
     def add(self, embeddings: np.ndarray, numbers: np.ndarray) -> None:
@@ -234,7 +242,7 @@ def build_index(
     if kind == "auto":
         kind = choose_kind(len(numbers), fetch(numbers[:1]).shape[1], memory_gb)
     rng = np.random.default_rng(0)
-    count = min(len(numbers), TRAINED_ON * cell_count(len(numbers)))
+    count = min(len(numbers), TRAINED_ON * cell_count(len(numbers)), MOST_TRAINED)
     sample = np.sort(rng.choice(numbers, count, replace=False)) if kind.startswith("ivf") else numbers[:1]
     index = CaptionIndex.empty(kind, fetch(sample), len(numbers), fetch)
     for start in range(0, len(numbers), 8192):
@@ -276,8 +284,45 @@ def exact_search(
 
 
 def cell_count(clips: int) -> int:
-    """Cells of an inverted file for so many clips."""
-    return max(1, round(2 * clips**0.5))
+    """Cells of an inverted file for so many clips: 2 sqrt(n), or one for every FINE of more than MANY clips."""
+    return max(1, round(2 * clips**0.5)) if clips <= MANY else min(clips // FINE, MOST_CELLS)
+
+
+def two_level_centres(sample: np.ndarray, cells: int) -> np.ndarray:
+    """About ``cells`` centres (c,W) of length 1 for ``sample`` (s,W): k-means within the groups of a coarse k-means.
+
+    Costs 1/sqrt(cells) of k-means in one go. Seeded.
+    """
+    options = {"spherical": True, "niter": 10, "seed": 0, "min_points_per_centroid": 1}
+    coarse = faiss.Kmeans(sample.shape[1], round(cells**0.5), max_points_per_centroid=2000, **options)
+    coarse.train(sample)
+    group = coarse.assign(sample)[1]
+    centres = []
+    for number, centre in enumerate(coarse.centroids):
+        members = sample[group == number]
+        share = round(cells * len(members) / len(sample))
+        if share < 2:
+            centres.append(centre[None])
+            continue
+        fine = faiss.Kmeans(sample.shape[1], share, **options)
+        fine.train(members)
+        centres.append(fine.centroids)
+    return np.concatenate(centres)
+
+
+def _coarse(centres: np.ndarray) -> faiss.Index:
+    """Finds the nearest of many centres (c,W): by 4-bit codes, the best ones put in order by the centres themselves.
+
+    Exact search would read all centres for each query; a graph (HNSW) misses cells for good where centres have little
+    order among themselves.
+    """
+    width = centres.shape[1]
+    codes = next(m for m in range(max(width // 2, 1), 0, -1) if width % m == 0)
+    index = faiss.IndexRefineFlat(faiss.IndexPQFastScan(width, codes, 4, faiss.METRIC_INNER_PRODUCT))
+    index.k_factor = 8
+    index.train(centres)
+    index.add(centres)
+    return index
 
 
 def _rows(values: np.ndarray) -> np.ndarray:
