@@ -11,6 +11,7 @@ and the same of the true clip as the autoencoder gives it back, which is as good
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,8 +20,11 @@ from common import HERE, WEIGHTS, Average, Log, fixed_clips, optimizer, start
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 
 from motionrag.backbones.cogvideox import SCHEDULER, TINY_TRANSFORMER, CogVideoX, SentenceText
+from motionrag.checkpoint import save_weights
 from motionrag.data.motionworld import COLOURS
 
+FULL = [0.9 if kind == "fine" else 0.1 if kind == "empty" else 0.0 for kind in KINDS]  # of a fine-tune
+HELD_OUT = 256  # of the clips, to see the loss on
 RESUME = HERE.parents[1] / "outputs" / "tiny_weights" / "backbone.pt"
 
 
@@ -33,28 +37,44 @@ def assemble(transformer, text=None) -> CogVideoX:
 
 
 def train(args):
-    log = Log(args.log)
+    log, kept = Log(args.log), RESUME.with_name("finetune.pt") if args.finetune else RESUME
     backbone = assemble(CogVideoXTransformer3DModel(**TINY_TRANSFORMER), text=lambda prompts: None)
     scale = backbone.vae.config.scaling_factor
     model = backbone.denoiser.train().requires_grad_(True)
     opt, plan = optimizer(model.parameters(), args.lr, args.steps, warmup=200)
-    average = Average(model, 0.9985)
     latents, images = (torch.from_numpy(np.load(CACHE / f"{n}.npy")) for n in ("latents", "images"))
     text, captions = torch.from_numpy(np.load(CACHE / "text.npy")), np.load(CACHE / "captions.npy")
-    rng = np.random.default_rng(args.seed)
-    total = []
+    rows = np.array([row for row in range(CLIPS) if has_full_caption(row) or not args.finetune])
+    seen, unseen = rows[rows < CLIPS - HELD_OUT], rows[rows >= CLIPS - HELD_OUT]
 
-    def batch(rows):
-        kinds = [rng.choice(len(KINDS), p=SHARES[has_full_caption(int(row))]) for row in rows]
+    def batch(rows, rng):
+        shares = (FULL if args.finetune else SHARES[has_full_caption(int(row))] for row in rows)
+        kinds = [rng.choice(len(KINDS), p=p) for p in shares]
         latent, image = (x[torch.as_tensor(rows)].float().transpose(1, 2) * scale for x in (latents, images))
         return latent, image, text[torch.as_tensor(captions[kinds, rows])].float()
 
-    begin = 0
-    if args.go_on:
-        model.load_state_dict(torch.load(RESUME, weights_only=True)["shadow"])
-        average = Average(model, 0.9985)
+    rng = np.random.default_rng(99)
+    held_out = [batch(some, rng) for some in np.split(unseen, len(unseen) // 32)]
+
+    @torch.no_grad()
+    def validation():
+        """Loss of the averaged weights on held-out clips, the same noise every time."""
+        current = {k: v.clone() for k, v in model.state_dict().items()}
+        model.load_state_dict(average.shadow)
+        generator = torch.Generator().manual_seed(5)
+        loss = float(np.mean([backbone.loss(*b, generator=generator).item() for b in held_out]))
+        model.load_state_dict(current)
+        return loss
+
+    begin, total = 0, []
+    rng = np.random.default_rng(args.seed)
+    if args.go_on or args.finetune:
+        model.load_state_dict(
+            CogVideoXTransformer3DModel.from_pretrained(WEIGHTS / "transformer").state_dict()
+        )
+    average = Average(model, 0.9985)
     if args.resume:
-        state = torch.load(RESUME, weights_only=True)
+        state = torch.load(kept, weights_only=True)
         begin = state["step"]
         model.load_state_dict(state["model"])
         opt.load_state_dict(state["optimizer"])
@@ -62,7 +82,7 @@ def train(args):
         average.shadow, average.steps = state["shadow"], begin
         rng = np.random.default_rng(args.seed + begin)
     for step in range(begin + 1, args.steps + 1):
-        loss = backbone.loss(*batch(rng.integers(0, CLIPS, args.batch)))
+        loss = backbone.loss(*batch(rng.choice(seen, args.batch), rng))
         opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -70,12 +90,14 @@ def train(args):
         plan.step()
         average.step()
         total.append(loss.item())
-        if step % 100 == 0 or step == args.steps:
-            log.write(step=step, loss=float(np.mean(total)), lr=plan.get_last_lr()[0])
+        if step % 250 == 0 or step == args.steps:
+            log.write(step=step, loss=float(np.mean(total)), held_out=validation(), lr=plan.get_last_lr()[0])
             total = []
-        if step % 500 == 0 or step == args.steps:
             torch.save({"step": step, "model": model.state_dict(), "shadow": average.shadow,
-                        "optimizer": opt.state_dict(), "plan": plan.state_dict()}, RESUME)  # fmt: skip
+                        "optimizer": opt.state_dict(), "plan": plan.state_dict()}, kept)  # fmt: skip
+    if args.finetune:
+        state = {f"backbone.{key}": average.shadow[key].half() for key, _ in model.named_parameters()}
+        return save_weights(Path(args.finetune), state, {"of": "cogvideox_tiny", "steps": args.steps})
     final = CogVideoXTransformer3DModel(**TINY_TRANSFORMER)
     final.load_state_dict(average.shadow)
     final.save_pretrained(WEIGHTS / "transformer")
@@ -170,6 +192,9 @@ if __name__ == "__main__":
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
     parser.add_argument(
         "--go-on", action="store_true", help="new run that starts from the last one's weights"
+    )
+    parser.add_argument(
+        "--finetune", metavar="FILE", help="from the shipped weights on full captions, into FILE"
     )
     parser.add_argument("--log", default="backbone_1")
     args = parser.parse_args()
