@@ -203,8 +203,9 @@ def import_release(
     tensors, and when keys or shapes differ from what is expected.
     """
     chosen, folder, out = find_release(release), Path(path), Path(out)
-    shapes = expected_shapes(chosen, sizes, sites)
-    maps = key_map(_with_sites(chosen, sites), shapes)
+    chosen = _with_sites(chosen, sites)
+    shapes = expected_shapes(chosen, sizes)
+    maps = key_map(chosen, shapes)
     _check_folder(folder, chosen)
     _check_new(out)
     states: dict[str, dict[str, Tensor]] = {name: {} for name in SOURCES}
@@ -244,7 +245,14 @@ _PARTS = {"adapter": ("resampler", "motion_adapter"), "cama": ("cama",)}
 
 
 def _with_sites(release: Release, sites: Mapping[str, int] | None) -> Release:
-    return release if sites is None else Release(**{**vars(release), "sites": dict(sites)})
+    if sites is None:
+        return release
+    widths = list(sites.values()) if isinstance(sites, Mapping) else []
+    if not widths or not all(isinstance(width, int) and width > 0 for width in widths):
+        raise MotionRAGError(
+            f"sites={sites}: expected the width of each adapter site, such as {{{next(iter(release.sites))}: 320}}"
+        )
+    return Release(**{**vars(release), "sites": dict(sites)})
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:

@@ -109,3 +109,10 @@ def test_mistakes_are_one_line(run, tmp_path, weights):
     code, _, error = run("import", "release=cogvideox", "path=theirs", "out=ours", SITES)
     assert code == 2 and "action_proj_model" in error and "expected" in error
     assert {path.name for path in tmp_path.iterdir()} == {"theirs", "runs"}
+
+
+@pytest.mark.parametrize("sites", ["[a,b]", "3", "{a:wide}", "{a:-1}", "{}"])
+def test_sites_that_are_none(run, tmp_path, sites):
+    code, _, error = run("import", "release=cogvideox", "path=theirs", "out=ours", f"sites={sites}", *SIZES)
+    assert code != 0 and "expected the width of each adapter site, such as {transformer_blocks.0" in error
+    assert not (tmp_path / "ours").exists()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from motionrag.errors import MotionRAGError
 from motionrag.retrieval import catalog
+from motionrag.retrieval import index as module
 from motionrag.retrieval.bank import write_npy
 from motionrag.retrieval.index import CaptionIndex, cell_count, choose_kind, exact_search
 from motionrag.retrieval.neighbours import NEIGHBOUR, Captions, nearest, updated
@@ -81,6 +82,34 @@ def test_recall_against_brute_force(kind, tmp_path):
         assert (loaded.kind, loaded.effort, len(loaded)) == (kind, index.effort, 3000)
         for expected, again in zip((found, scores), loaded.search(queries, 9), strict=True):
             np.testing.assert_array_equal(expected, again)
+
+
+@pytest.mark.parametrize("kind", ["ivf_flat", "ivf_pq"])
+def test_fine_cells_of_many_clips(kind, tmp_path, monkeypatch):
+    """Above MANY clips: a cell for every 64, found by codes; saved, changed and searched as any other."""
+    monkeypatch.setattr(module, "MANY", 5000)
+    embeddings = clusters(6000)
+    queries = embeddings[::60] + 0.05 * vectors(100, 32, seed=5)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    fetch = embeddings.__getitem__
+    assert cell_count(5000) == 141 and cell_count(6400) == 100
+    index, about = module.build_index(np.arange(6000), fetch, kind)
+    assert about["recall"] >= 0.99 and about["effort"] <= 16
+    index.save(tmp_path / "i")
+    truth = np.argsort(-(queries @ embeddings.T), axis=1)[:, :9]
+    for mmap in (True, False):
+        loaded = CaptionIndex.load(tmp_path / "i", mmap, fetch)
+        found, scores = loaded.search(queries, 9)
+        recall = np.mean(
+            [len(set(f) & set(t)) / 9 for f, t in zip(found.tolist(), truth.tolist(), strict=True)]
+        )
+        assert (loaded.kind, loaded.effort) == (kind, about["effort"]) and recall >= 0.98
+        np.testing.assert_allclose(scores, (queries[:, None] * embeddings[found]).sum(-1), atol=1e-5)
+    gone = np.unique(truth[:, 0])
+    loaded.remove(gone)
+    assert len(loaded) == 6000 - len(gone) and not np.isin(loaded.search(queries, 9)[0], gone).any()
+    again, _ = module.build_index(np.arange(6000), fetch, kind)
+    np.testing.assert_array_equal(found, again.search(queries, 9)[0])  # seeded
 
 
 @pytest.mark.parametrize("kind", ("flat", *APPROXIMATE))

@@ -288,26 +288,33 @@ def cell_count(clips: int) -> int:
     return max(1, round(2 * clips**0.5)) if clips <= MANY else min(clips // FINE, MOST_CELLS)
 
 
-def two_level_centres(sample: np.ndarray, cells: int) -> np.ndarray:
+def two_level_centres(sample: np.ndarray, cells: int, turns: int = 2) -> np.ndarray:
     """About ``cells`` centres (c,W) of length 1 for ``sample`` (s,W): k-means within the groups of a coarse k-means.
 
-    Costs 1/sqrt(cells) of k-means in one go. Seeded.
+    Costs 1/sqrt(cells) of k-means in one go. Groups cut through cells, so ``turns`` of k-means over all follow, in which
+    the nearest centre is found by codes. Seeded.
     """
     options = {"spherical": True, "niter": 10, "seed": 0, "min_points_per_centroid": 1}
     coarse = faiss.Kmeans(sample.shape[1], round(cells**0.5), max_points_per_centroid=2000, **options)
     coarse.train(sample)
     group = coarse.assign(sample)[1]
-    centres = []
+    parts = []
     for number, centre in enumerate(coarse.centroids):
         members = sample[group == number]
         share = round(cells * len(members) / len(sample))
         if share < 2:
-            centres.append(centre[None])
+            parts.append(centre[None])
             continue
         fine = faiss.Kmeans(sample.shape[1], share, **options)
         fine.train(members)
-        centres.append(fine.centroids)
-    return np.concatenate(centres)
+        parts.append(fine.centroids)
+    centres = np.concatenate(parts)
+    for _ in range(turns):
+        nearest = _coarse(centres).search(sample, 1)[1][:, 0]
+        order, (used, starts) = np.argsort(nearest), np.unique(np.sort(nearest), return_index=True)
+        centres[used] = np.add.reduceat(sample[order], starts)  # a centre that is nearest to none stays
+        centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+    return centres
 
 
 def _coarse(centres: np.ndarray) -> faiss.Index:
