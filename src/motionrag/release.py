@@ -153,17 +153,14 @@ def key_map(release: Release, keys: Iterable[str]) -> dict[str, dict[str, str]]:
     return files
 
 
-def expected_shapes(
-    release: Release, sizes: Mapping[str, Any], sites: Mapping[str, int] | None = None
-) -> dict[str, tuple[int, ...]]:
+def expected_shapes(release: Release, sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Our keys and shapes for a whole release.
 
-    sizes holds the configs (`_target_` and sizes) of `resampler` and `cama`; sites, {name: hidden width}, default to
-    the published backbone's.
+    sizes holds the configs (`_target_` and sizes) of `resampler` and `cama`.
     """
     from hydra.utils import instantiate
 
-    sites = dict(sites or release.sites)
+    sites = release.sites
     with torch.device("meta"):
         resampler, cama = (instantiate(sizes[part]) for part in ("resampler", "cama"))
         parts: dict[str, nn.Module] = {
@@ -194,7 +191,8 @@ def import_release(
     CogVideoX with 17_frames.ckpt also backbone.safetensors, each with its manifest, and `release/<name>.yaml` for
     `motionrag generate --config-dir OUT +release=<name>`.
 
-    sizes and sites as in `expected_shapes`. All files are read and checked before anything is written.
+    sizes as in `expected_shapes`; sites, {name: hidden width}, default to the published backbone's. All files are read
+    and checked before anything is written.
 
     Returns {"release", "files": {file: {"tensors", "parameters", "dtype"}}, "missing": [file], "absent": {file: [key]},
     "filled": [our key]}: absent keys were not in the file, filled ones come from a fixed seed.
@@ -249,8 +247,9 @@ def _with_sites(release: Release, sites: Mapping[str, int] | None) -> Release:
         return release
     widths = list(sites.values()) if isinstance(sites, Mapping) else []
     if not widths or not all(isinstance(width, int) and width > 0 for width in widths):
+        site, width = next(iter(release.sites.items()))
         raise MotionRAGError(
-            f"sites={sites}: expected the width of each adapter site, such as {{{next(iter(release.sites))}: 320}}"
+            f"sites={sites}: expected the width of each adapter site, such as {{{site}: {width}}}"
         )
     return Release(**{**vars(release), "sites": dict(sites)})
 

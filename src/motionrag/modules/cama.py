@@ -57,6 +57,8 @@ class CAMA(nn.Module):
         width, depth, heads, ff_dim: sizes of the post-norm transformer (no final norm, no dropout).
         max_positions: length of the motion position codes, at least S * l.
         max_appearance_positions: length of the appearance position codes, which restart for each clip.
+
+    Raises MotionRAGError unless appearance tokens have CAMA's width.
     """
 
     def __init__(
