@@ -82,6 +82,7 @@ def random_models(tmp_path_factory, random_encoders) -> list[str]:
     import torch
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
+    from omegaconf import OmegaConf
 
     from motionrag.backbones.cogvideox import CogVideoX
     from motionrag.checkpoint import save_weights
@@ -104,7 +105,8 @@ def random_models(tmp_path_factory, random_encoders) -> list[str]:
         state = {
             f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()
         }
-        save_weights(folder / f"{prefix}.safetensors", state)
+        about = {"sizes": {name: OmegaConf.to_container(cfg[name]) for name in ("resampler", "cama")}}
+        save_weights(folder / f"{prefix}.safetensors", state, about)
     return [
         *sizes,
         *(f"encoders.{role}.path={path}" for role, path in random_encoders.items()),

@@ -719,12 +719,10 @@ def test_what_is_no_package(copy, random_encoders):
         MotionPackage.load(copy, motion_encoder=MotionEncoder(random_encoders["motion"], size=32))
     sizes = read_weights(copy / "cama.safetensors")[1]["about"]["sizes"]
     edit(copy / "cama.safetensors", sizes=sizes | {"cama": sizes["cama"] | {"depths": 3}})
-    with pytest.raises(MotionRAGError, match="no network has the sizes .*depths"):
+    with pytest.raises(MotionRAGError, match="cama.json: no cama has the sizes .*depths"):
         MotionPackage.load(copy)
     edit(copy / "cama.safetensors", sizes={})
-    with pytest.raises(
-        MotionRAGError, match="cama.json does not say the sizes of cama and the appearance encoder"
-    ):
+    with pytest.raises(MotionRAGError, match="cama.json does not say the sizes of cama"):
         MotionPackage.load(copy)
     weights = bytearray((copy / "cama.safetensors").read_bytes())
     weights[-1] ^= 1
@@ -745,7 +743,7 @@ def test_what_is_no_package(copy, random_encoders):
 )
 def test_manifests_that_say_something_else(copy, change):
     edit(copy / "cama.safetensors", **change)
-    with pytest.raises(MotionRAGError, match="does not say the sizes of cama and the appearance encoder"):
+    with pytest.raises(MotionRAGError, match="does not say the (sizes of cama|appearance encoder)"):
         MotionPackage.load(copy)
 
 

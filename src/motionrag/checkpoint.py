@@ -5,12 +5,15 @@
 """
 
 import errno
+import io
 import os
-import re
+import pickletools
+import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +22,8 @@ from torch import Tensor, nn
 
 from motionrag.errors import MotionRAGError
 from motionrag.io import atomic_path, read_json, sha256, write_json
+from motionrag.modules.cama import CAMA
+from motionrag.modules.resampler import Resampler
 
 SCHEMA = "motionrag.weights/1"
 PREFIXES = ("resampler", "motion_adapter", "cama")
@@ -77,6 +82,11 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = resolve(path)
     if not path.is_file():
         raise MotionRAGError(f"no weights file {path}: give the .safetensors that motionrag train wrote")
+    if path.suffix == ".ckpt":
+        raise MotionRAGError(
+            f"{path} is no weights file: expected the .safetensors of a run's weights folder, or, for a published "
+            "checkpoint, what motionrag import makes of it"
+        )
     try:
         with safe_open(path, "pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -103,19 +113,28 @@ def read_pickled(path: Path) -> dict[str, Any]:
     when it is damaged, and when it holds nothing by name.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings(action="ignore"):  # what it warns of is said below, in words of ours
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except PermissionError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
-            raise MotionRAGError(
-                f"{path} holds {found[1]}: expected tensors only; nothing was loaded, since such a file may run code. "
-                "Save its state_dict alone, or get the published file again"
-            ) from error
-        raise MotionRAGError(
-            f"{path} is not a whole checkpoint of torch.save's zip format (damaged or cut off, or another kind of "
-            "file): get it again"
-        ) from error
+        named = _named_in(path)
+        foreign = next(
+            (name for name in named or () if not name.startswith(("torch.", "collections."))), None
+        )
+        if foreign:
+            reason = (
+                f"holds {foreign}: expected tensors only; nothing was loaded, since such a file may run code. Save its "
+                "state_dict alone, or get the published file again"
+            )
+        elif named is not None and not _default_format(path):
+            reason = (
+                "is pickled in another way than torch.save's default (a zip file, protocol 2), which alone is read "
+                "without running what is in it: save it again by torch.save"
+            )
+        else:
+            reason = "is not a whole checkpoint (damaged or cut off, or another kind of file): get it again"
+        raise MotionRAGError(f"{path} {reason}") from error
     held = content if isinstance(content, dict) else {}
     held = held.get("state_dict", held.get("module", held))  # of Lightning, of DeepSpeed
     if not isinstance(held, dict) or not held or not all(isinstance(key, str) for key in held):
@@ -125,7 +144,74 @@ def read_pickled(path: Path) -> dict[str, Any]:
     return {key.removeprefix("_forward_module."): value for key, value in held.items()}
 
 
-def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
+def _pickle_of(path: Path) -> bytes:
+    """The pickle in a file of torch.save's, of its format until 1.6 with what stands around it."""
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            return file.read(1 << 26)  # tensors come behind the pickles
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+
+
+def _named_in(path: Path) -> list[str] | None:
+    """What a pickle would call, by name, without calling it; None if the file holds no whole pickle."""
+    named: list[str] = []
+    texts: list[str] = []
+    try:
+        stream = io.BytesIO(_pickle_of(path))
+        for part in range(5):  # torch.save's format until 1.6: three, the tensors' names and a list of keys
+            try:
+                for operation, argument, _ in pickletools.genops(stream):
+                    if operation.name == "GLOBAL":
+                        named.append(str(argument).replace(" ", "."))
+                    elif operation.name == "STACK_GLOBAL":
+                        named.append(".".join(texts[-2:]))
+                    elif isinstance(argument, str):
+                        texts.append(argument)
+            except Exception:
+                if not part:
+                    raise
+                break
+    except Exception:  # of a damaged file
+        return None
+    return named
+
+
+def _default_format(path: Path) -> bool:
+    return zipfile.is_zipfile(path) and _pickle_of(path)[:2] == b"\x80\x02"
+
+
+def described_network(part: Literal["resampler", "cama"], file: Path, about: Mapping[str, Any]) -> Any:
+    """The Resampler or CAMA, not filled, whose sizes the manifest of the weights file `file` tells under `about`.
+
+    Only sizes are taken from it: a manifest, which may come from a hub, never chooses what is called. Raises
+    MotionRAGError if it tells none, or some that no network has.
+    """
+    sizes = about.get("sizes")
+    found = sizes.get(part) if isinstance(sizes, dict) else None
+    if not isinstance(found, dict):
+        raise MotionRAGError(
+            f"{file.with_suffix('.json')} does not say the sizes of {part}: copy it from where the weights were written "
+            "(motionrag train), or import the release again"
+        )
+    options = {key: value for key, value in found.items() if key != "_target_"}
+    try:
+        if part == "resampler":
+            return Resampler(**options)
+        appearance = {k: v for k, v in options.pop("appearance_resampler").items() if k != "_target_"}
+        return CAMA(Resampler(**appearance), **options)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, MotionRAGError) as error:
+        raise MotionRAGError(
+            f"{file.with_suffix('.json')}: no {part} has the sizes that it says ({error}): copy it again"
+        ) from error
+
+
+def check_state(
+    expected: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    where: str,
+    advice: str = "choose the configuration it was trained with",
+) -> None:
     """Raise MotionRAGError naming the differing keys with their shapes unless both have the same of each."""
     missing = [f"{k} {tuple(v.shape)}" for k, v in expected.items() if k not in found]
     extra = [f"{k} {tuple(v.shape)}" for k, v in found.items() if k not in expected]
@@ -140,9 +226,7 @@ def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], whe
         if items
     ]
     if parts:
-        raise MotionRAGError(
-            f"{where} does not fit this configuration ({'; '.join(parts)}): choose the configuration it was trained with"
-        )
+        raise MotionRAGError(f"{where} does not fit this configuration ({'; '.join(parts)}): {advice}")
 
 
 def load_weights(path: str | Path, **modules: nn.Module) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from motionrag.backbones import cogvideox, svd
 from motionrag.backbones.base import Backbone, MotionInput
-from motionrag.checkpoint import read_weights
+from motionrag.checkpoint import described_network, read_weights
 from motionrag.data.video import read_clip
 from motionrag.encoders import AppearanceEncoder, CaptionEncoder, MotionEncoder, resolve_weights
 from motionrag.errors import MotionRAGError
@@ -87,22 +87,16 @@ class MotionPackage:
         other weights than the package was trained with.
         """
         folder = _folder(path)
-        stage1 = _about(folder / "adapter.safetensors", "resampler", "motion")
-        stage2 = _about(folder / "cama.safetensors", "cama", "appearance")
+        stage1 = _about(folder / "adapter.safetensors", "motion")
+        stage2 = _about(folder / "cama.safetensors", "appearance")
+        resampler = described_network("resampler", folder / "adapter.safetensors", stage1)
+        cama = described_network("cama", folder / "cama.safetensors", stage2)
         motion_encoder = motion_encoder or _encoder(MotionEncoder, folder, stage1["encoders"]["motion"])
         appearance_encoder = appearance_encoder or _encoder(
             AppearanceEncoder, folder, stage2["encoders"]["appearance"]
         )
         _check_encoder(folder, motion_encoder, stage1["encoders"]["motion"])
         _check_encoder(folder, appearance_encoder, stage2["encoders"]["appearance"])
-        try:
-            resampler = Resampler(**_options(stage1["sizes"]["resampler"]))
-            sizes = _options(stage2["sizes"]["cama"])
-            cama = CAMA(Resampler(**_options(sizes.pop("appearance_resampler"))), **sizes)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise MotionRAGError(
-                f"{folder}: no network has the sizes that its .json say ({error})"
-            ) from error
         return cls(folder, motion_encoder, appearance_encoder, resampler, cama, stage1)
 
     # --- attaching -------------------------------------------------------------------------------------------------
@@ -496,19 +490,18 @@ def _folder(path: File) -> Path:
         ) from error
 
 
-def _about(file: Path, part: str, role: str) -> dict[str, Any]:
-    """What the manifest of a weights file says; raises MotionRAGError unless sizes and encoder are named."""
+def _about(file: Path, role: str) -> dict[str, Any]:
+    """What the manifest of a weights file says; raises MotionRAGError unless it names the encoder."""
     about = read_weights(file)[1].get("about", {})
     try:
         encoder = about["encoders"][role]
-        said = isinstance(about["sizes"][part], dict) and isinstance(encoder["name"], str)
-        said = said and isinstance(encoder["size"], int)
+        said = isinstance(encoder["name"], str) and isinstance(encoder["size"], int)
     except (KeyError, TypeError):
         said = False
     if not said:
         raise MotionRAGError(
-            f"{file.with_suffix('.json')} does not say the sizes of {part} and the {role} encoder: copy it from where "
-            "the weights were written (motionrag train), or import the release again"
+            f"{file.with_suffix('.json')} does not say the {role} encoder: copy it from where the weights were written "
+            "(motionrag train), or import the release again"
         )
     return about
 
@@ -527,8 +520,3 @@ def _check_encoder(folder: Path, encoder: Any, named: Mapping[str, Any]) -> None
             f"{folder} was trained with the encoder {named['name']} (weights {named['weights'][:8]}), not with "
             f"{encoder.name} (weights {found[:8]}): give the encoder of the training"
         )
-
-
-def _options(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the class's name: a manifest from a hub must not choose what is called."""
-    return {key: value for key, value in sizes.items() if key != "_target_"}

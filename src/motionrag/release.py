@@ -13,11 +13,12 @@ Tensors keep their values and precision; only their names change. What the refer
 in DynamiCrafter also the adapter's queries) is drawn from a fixed seed, and left out again on the way back.
 """
 
+import re
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -26,10 +27,12 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from motionrag.checkpoint import read_pickled, read_weights, save_weights
+from motionrag.checkpoint import check_state, described_network, read_pickled, read_weights, save_weights
 from motionrag.errors import MotionRAGError
 from motionrag.io import write_text
+from motionrag.modules.cama import CAMA
 from motionrag.modules.motion_adapter import MotionAdapter
+from motionrag.modules.resampler import Resampler
 
 ADAPTER, RESAMPLER = "Motion-Adapter.ckpt", "motion_proj.ckpt"
 CAMA_FILE, FINETUNE = "motion_transformer.ckpt", "17_frames.ckpt"
@@ -124,7 +127,7 @@ def find_release(name: str) -> Release:
 def key_map(release: Release, keys: Iterable[str]) -> dict[str, dict[str, str]]:
     """Published file -> {the reference's key: our key}, for our keys.
 
-    Raises MotionRAGError for a key that this release has no place for.
+    Raises MotionRAGError for a key that no published file has a place for.
     """
     files: dict[str, dict[str, str]] = {ADAPTER: {}, RESAMPLER: {}, CAMA_FILE: {}, FINETUNE: {}}
     starts = {
@@ -138,11 +141,6 @@ def key_map(release: Release, keys: Iterable[str]) -> dict[str, dict[str, str]]:
         if key.startswith("motion_adapter."):
             site, projection, kind = key.removeprefix("motion_adapter.").rsplit(".", 2)
             site = site.replace("/", ".")
-            if site not in release.sites:
-                raise MotionRAGError(
-                    f"{key}: {release.name} has no adapter site {site}, its first is {next(iter(release.sites))}; "
-                    "choose the release of the backbone that these weights were trained on"
-                )
             files[ADAPTER][f"{release.root}{site}.{release.projections[projection]}.{kind}"] = key
             continue
         start = next((start for start in starts if key.startswith(start)), None)
@@ -160,21 +158,24 @@ def expected_shapes(release: Release, sizes: Mapping[str, Any]) -> dict[str, tup
     """
     from hydra.utils import instantiate
 
-    sites = release.sites
     with torch.device("meta"):
         resampler, cama = (instantiate(sizes[part]) for part in ("resampler", "cama"))
-        parts: dict[str, nn.Module] = {
-            "resampler": resampler,
-            "motion_adapter": MotionAdapter({s: (w, 1) for s, w in sites.items()}, resampler.output_dim),
-            "cama": cama,
-        }
-    shapes = {f"{part}.{k}": tuple(v.shape) for part, m in parts.items() for k, v in m.state_dict().items()}
-    if release.name == "cogvideox":
-        for site, width in sites.items():
-            for projection in ("to_q", "to_k", "to_v"):
-                shapes[f"backbone.{site}.{projection}.weight"] = (width, width)
-                shapes[f"backbone.{site}.{projection}.bias"] = (width,)
-    return shapes
+    expected = _expected(release, resampler, cama, finetuned=release.name == "cogvideox")
+    return {key: tuple(value.shape) for key, value in expected.items()}
+
+
+def _expected(release: Release, resampler: Resampler, cama: CAMA, finetuned: bool) -> dict[str, Tensor]:
+    """Our keys and, without values, their tensors; with those of the 17-frame fine-tune if there is one."""
+    parts: dict[str, nn.Module] = {"resampler": resampler, "cama": cama}
+    with torch.device("meta"):
+        parts["motion_adapter"] = MotionAdapter(
+            {site: (width, 1) for site, width in release.sites.items()}, resampler.output_dim
+        )
+        if finetuned:
+            for site, width in release.sites.items():
+                for projection in ("to_q", "to_k", "to_v"):
+                    parts[f"backbone.{site}.{projection}"] = nn.Linear(width, width)
+    return {f"{part}.{key}": value for part, m in parts.items() for key, value in m.state_dict().items()}
 
 
 # --- import ------------------------------------------------------------------------------------------------------
@@ -251,7 +252,7 @@ def _with_sites(release: Release, sites: Mapping[str, int] | None) -> Release:
         raise MotionRAGError(
             f"sites={sites}: expected the width of each adapter site, such as {{{site}: {width}}}"
         )
-    return Release(**{**vars(release), "sites": dict(sites)})
+    return replace(release, sites=dict(sites))
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -261,6 +262,9 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise MotionRAGError(f"{path}: {key} is {kind}, expected a tensor of floats")
+        if value.is_meta or value.layout != torch.strided:
+            kind = "without values" if value.is_meta else "sparse"
+            raise MotionRAGError(f"{path}: {key} is {kind}, expected a plain tensor: save it as one")
     return {key: value.detach() for key, value in tensors.items()}
 
 
@@ -304,14 +308,16 @@ def _check_keys(
 
 
 def _merge(state: dict[str, Tensor], new: dict[str, Tensor], path: Path) -> None:
-    """Add tensors; those that are there already must be equal."""
+    """Add tensors; of two for one key, which must be equal as far as they go, the more precise one stays."""
     for key, tensor in new.items():
-        if key in state and not torch.equal(state[key], tensor):
+        there = state.setdefault(key, tensor)
+        rough, fine = sorted((there, tensor), key=lambda t: t.element_size())
+        if not torch.equal(fine.to(rough.dtype), rough):
             raise MotionRAGError(
                 f"{path} and {ADAPTER} hold different motion Resamplers ({key.removeprefix('resampler.')} differs): "
                 "they are of two trainings; give files of one, or leave one of them out"
             )
-        state.setdefault(key, tensor)
+        state[key] = fine
 
 
 def _fill(state: dict[str, Tensor], keys: list[str], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -407,51 +413,83 @@ def _config(release: Release, out: Path, sizes: Mapping[str, Any], finetune: boo
 
 
 def export_release(release: str, path: str | Path, out: str | Path) -> dict[str, Any]:
-    """adapter.safetensors, cama.safetensors (and backbone.safetensors if it is there) of the folder `path` -> the
-    reference's files in the new folder `out`.
+    """adapter.safetensors, cama.safetensors (and backbone.safetensors if it is there) of the folder `path`, each with
+    its manifest -> the reference's files in the new folder `out`.
 
-    What an import filled is left out again. Other weights keep their start tokens, which the reference reads as
-    `sos_token`, and their queries.
+    The adapter's sites may be those of another size of the release's backbone. What an import filled is left out again.
+    Other weights keep their start tokens, which the reference reads as `sos_token`, and their queries.
 
-    Returns {"release", "files": {file: {"tensors", "parameters", "dtype"}}}. Raises MotionRAGError when `out` is there
-    already, a weights file is missing or damaged, when the adapter's sites are not those of the release or not all, and
-    when it was trained with another query than the reference's.
+    Returns {"release", "files": {file: {"tensors", "parameters", "dtype"}}}. Raises MotionRAGError, before anything is
+    written, when `out` is there already, a weights file is missing, damaged or says no sizes, when keys or shapes are
+    not those of its sizes, when the adapter's sites are not those of the release's backbone or not all, and when it was
+    trained with another query than the reference's.
     """
     chosen, folder, out = find_release(release), Path(path), Path(out)
     _check_new(out)
     state: dict[str, Tensor] = {}
     absent: set[tuple[str, str]] = set()
+    abouts: dict[str, Any] = {}
     for name in SOURCES:
         file = folder / f"{name}.safetensors"
         if name == "backbone" and not file.is_file():
             continue
         tensors, manifest = read_weights(file)
         state |= tensors
-        if only := manifest.get("about", {}).get("adapter_only"):
+        about = manifest.get("about", {})
+        if only := about.get("adapter_only"):
             raise MotionRAGError(
                 f"{file} has adapters at the layers {only} alone, the reference at all: train Stage 1 with "
                 "motion_adapter.only=null"
             )
-        query = manifest.get("about", {}).get("adapter_query", ["output"])
+        query = about.get("adapter_query", ["output"])
         if query != ["output"]:  # no key tells them apart
             raise MotionRAGError(
                 f"{file} was trained with adapter_query={'/'.join(query)}, the reference only has output: train Stage 1 "
                 "with backbone.adapter_query=output"
             )
-        imported = manifest.get("about", {}).get("release", {})
+        imported = about.get("release", {})
         absent |= {(source, key) for source, keys in imported.get("absent", {}).items() for key in keys}
-    for part in ("resampler", "motion_adapter", "cama"):
-        if not any(key.startswith(f"{part}.") for key in state):
-            raise MotionRAGError(f"{folder} holds no {part} weights: expected adapter and cama.safetensors")
+        abouts[name] = about
+    chosen = replace(chosen, sites=_found_sites(chosen, state, folder))
+    with torch.device("meta"):
+        resampler = described_network("resampler", folder / "adapter.safetensors", abouts["adapter"])
+        cama = described_network("cama", folder / "cama.safetensors", abouts["cama"])
+    expected = _expected(chosen, resampler, cama, finetuned=any(key.startswith("backbone.") for key in state))
+    check_state(expected, state, f"{folder} for {chosen.name}", "copy, train or import them again")
+    files = key_map(chosen, state)
     report: dict[str, Any] = {"release": chosen.name, "files": {}}
     with _new_folder(out, sum(tensor.nbytes for tensor in state.values())) as partial:
-        for file, keys in key_map(chosen, state).items():
+        for file, keys in files.items():
             theirs = {key: state[ours] for key, ours in keys.items() if (file, key) not in absent}
             if not theirs:
                 continue
             torch.save(theirs if file in FLAT else {"state_dict": theirs}, partial / file)
             report["files"][file] = _counts(theirs)
     return report
+
+
+def _found_sites(release: Release, state: Mapping[str, Tensor], folder: Path) -> dict[str, int]:
+    """Adapter sites of our weights and their widths; of the published size all of them, whatever there is.
+
+    Raises MotionRAGError for sites that another backbone has.
+    """
+    keys = [key for key in state if key.startswith("motion_adapter.")]
+    if not keys:
+        raise MotionRAGError(
+            f"{folder}/adapter.safetensors holds no motion_adapter weights: give another folder"
+        )
+    kinds = {re.sub(r"\d+", "0", site) for site in release.sites}
+    found: dict[str, int] = {}
+    for key in keys:
+        site = key.removeprefix("motion_adapter.").split(".")[0].replace("/", ".")
+        if re.sub(r"\d+", "0", site) not in kinds:
+            raise MotionRAGError(
+                f"{key}: {release.name} has no adapter site {site}, its first is {next(iter(release.sites))}; "
+                "choose the release of the backbone that these weights were trained on"
+            )
+        found.setdefault(site, state[key].shape[0] if state[key].ndim else 0)
+    published = all(release.sites.get(site) == width for site, width in found.items())
+    return dict(release.sites) if published else found
 
 
 # --- the 17-frame fine-tune ----------------------------------------------------------------------------------------

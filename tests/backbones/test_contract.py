@@ -246,6 +246,24 @@ def test_encoders_may_leave(request, clips):
     backbone.encoders_to("meta")  # gone
     assert loss(backbone, clips).isfinite()
     assert sample(backbone, clips).isfinite().all()
+    assert backbone.autoencoder_to("meta") is backbone
+    assert loss(backbone, clips).isfinite()
+    assert backbone.device.type == "cpu"
+
+
+def test_precision_is_a_choice(request, clips):
+    """Of the networks; what goes in and comes out stays float32."""
+    make = BACKBONES[request.node.callspec.params["backbone"]]
+    half = make(dtype="bfloat16")
+    assert half.dtype == half.vae.dtype == torch.bfloat16
+    found = half.encode_video(clips.video), half.encode_context(PROMPTS, clips.image)
+    for one, exact in zip(found, (clips.latents, clips.context), strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, exact, atol=0.05, rtol=0.05)
+    assert loss(half, clips).item() == pytest.approx(loss(make(), clips).item(), rel=0.03)
+    assert sample(half, clips).dtype == torch.float32
+    with pytest.raises(MotionRAGError, match="dtype=int8: expected float32, bfloat16 or float16"):
+        make(dtype="int8")
 
 
 # ---------------------------------------------------------------- the motion adapter

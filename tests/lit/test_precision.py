@@ -1,5 +1,7 @@
 """Stage 1 in half precision and with less memory: about the same numbers, whatever the backbone."""
 
+import copy
+
 import pytest
 import torch
 
@@ -51,11 +53,95 @@ def test_half_precision(first_loss):
         assert module.backbone.denoiser.dtype == frozen
 
 
-def test_encoders_visit_the_device_for_new_clips_only(adapter_module, batch):
-    module = adapter_module(cache=True)
-    moves = []
-    module.backbone.encoders_to = lambda device: moves.append(str(device))
-    module.setup("fit")
-    for _ in range(2):
+class Moves(list):
+    """Where networks were sent, in order; they go there, too."""
+
+    def watch(self, module):
+        backbone = module.backbone
+        places = ((backbone, "autoencoder_to"), (backbone, "encoders_to"), (module.motion_encoder, "to"))
+        for owner, name in places:
+            self._watch(owner, name)
+        return self
+
+    def _watch(self, owner, name):
+        original = getattr(owner, name)
+
+        def move(device):
+            self.append((name, str(device)))
+            return original(device)
+
+        setattr(owner, name, move)
+
+
+@pytest.fixture(params=BACKBONES)
+def make(request, adapter_module):
+    """`make(**options)`: a Stage 1 module on one of the backbones, and its moves."""
+
+    def make(**options):
+        # its own motion encoder: others share the fixture's
+        module = adapter_module(init="reference", backbone=BACKBONES[request.param](), **options)
+        module._frozen = (module.backbone, copy.deepcopy(module.motion_encoder))
+        module.setup("fit")
+        return module, Moves().watch(module)
+
+    return make
+
+
+def test_networks_whose_outputs_are_kept_leave_the_device(make, batch):
+    """The second step computes the same without any of them."""
+    batch.target_motion = None
+    module, moves = make(cache=True, fixed_image_noise=True)
+    module.null_features()
+
+    def step():
+        conditions = module._conditions(batch, "noise")
+        with module.motion_adapter.use(module.clip_tokens(batch)):
+            return module.backbone.loss(*conditions)
+
+    first = step()
+    assert {name for name, _ in moves} == {"autoencoder_to", "encoders_to", "to"}
+    for name in (
+        "autoencoder_to",
+        "encoders_to",
+        "to",
+    ):  # there (the module's device is the CPU here) and back
+        own = [device for where, device in moves if where == name]
+        assert own == ["cpu", "cpu"] * (2 if name == "autoencoder_to" else 1)
+    moves.clear()
+    module.backbone.autoencoder_to("meta").encoders_to("meta")
+    module.motion_encoder.to("meta")
+    moves.clear()
+    assert torch.equal(step(), first) and not moves
+
+
+def test_networks_stay_where_every_step_needs_them(make, batch):
+    """Without the cache all do; the autoencoder also where images get new noise each time."""
+    batch.target_motion = None
+    for options, leaving in (({}, set()), ({"cache": True}, {"encoders_to", "to"})):
+        module, moves = make(**options)
+        module.clip_tokens(batch)
         module._conditions(batch, "noise")
-    assert moves == ["cpu", "cpu"]  # to the module's device, which is the CPU here, and back: once
+        counts = {name: sum(where == name for where, _ in moves) for name, _ in moves}
+        assert counts == {
+            "autoencoder_to": 2,
+            "encoders_to": 1 + ("encoders_to" in leaving),
+            "to": 1 + ("to" in leaving),
+        }
+
+
+def test_features_from_the_data_need_no_encoder(make, batch):
+    module, moves = make(fixed_image_noise=True)
+    batch.latents = module.backbone.encode_video(batch.video)
+    batch.context = module.backbone.encode_context(batch.captions, batch.video[:, 0])
+    module.clip_tokens(batch)
+    module._conditions(batch, "noise")
+    assert moves == [("autoencoder_to", "cpu")]  # for the condition images alone
+
+
+def test_sampling_fetches_what_it_needs(make, batch):
+    module, moves = make(cache=True, fixed_image_noise=True)
+    videos = module.sample(batch, steps=1, guidance=1.0)
+    assert not torch.equal(videos["with"], videos["without"])
+    assert moves == [
+        (name, "cpu") for name in ("encoders_to", "encoders_to", "autoencoder_to", "autoencoder_to")
+    ]

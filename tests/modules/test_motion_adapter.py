@@ -348,7 +348,10 @@ def test_query_mistakes(transformer, unet, inputs, tokens):
         MotionAdapter({"a": (8, 2)}, WIDTH, query={"b": "hidden"})
     # joint attention: its hidden states are the video tokens alone, its output has the text tokens too
     joint = MotionAdapter.for_modules(sites(transformer), WIDTH, query="hidden").attach(sites(transformer))
-    with joint.use(tokens), pytest.raises(ValueError, match=r"\(2, 12, 32\).*\(2, 15, 32\).*query=output"):
+    with (
+        joint.use(tokens),
+        pytest.raises(MotionRAGError, match=r"\(2, 12, 32\).*\(2, 15, 32\).*query=output"),
+    ):
         run(transformer, inputs)
     joint.detach()
 

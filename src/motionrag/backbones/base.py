@@ -29,6 +29,7 @@ class Backbone(Protocol):
         name: what results and checkpoints call it.
         frames, height, width, fps: the clips it takes and makes.
         denoiser: the network that predicts; always frozen and in eval mode.
+        device, dtype: of the denoiser's weights.
         random_weights: True when no trained weights were loaded; runs say so.
         random_frame: True when training conditions on a frame drawn from the clip, False for the first frame.
         adapter_query: what should ask for motion at the adapter's sites: "output", the attention output, or "hidden",
@@ -45,8 +46,17 @@ class Backbone(Protocol):
     random_frame: bool
     adapter_query: str
 
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
     def to(self, device: torch.device | str) -> "Backbone":
-        """Move the denoiser and the autoencoder, which every training step and every video needs."""
+        """Move the denoiser and the autoencoder, which every video needs."""
+
+    def autoencoder_to(self, device: torch.device | str) -> "Backbone":
+        """Move the autoencoder, which training may do without once all latents are known."""
 
     def encoders_to(self, device: torch.device | str) -> "Backbone":
         """Move the encoders behind `encode_context` and `null_context`, which may leave once these are known."""

@@ -22,7 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from motionrag.backbones.base import MotionInput
-from motionrag.backbones.parts import LatentModel, read_parts, tile_overlap
+from motionrag.backbones.parts import LatentModel, precision, read_parts, tile_overlap
 from motionrag.backbones.sampling import denoising, generators
 from motionrag.encoders import CaptionEncoder, resolve_weights
 from motionrag.errors import MotionRAGError
@@ -188,8 +188,8 @@ class CogVideoX(LatentModel):
 
     @classmethod
     def tiny(
-        cls, seed: int = 0, text: Callable[[Sequence[str]], Tensor] | None = None, reference_quirks: bool = False,
-        **transformer,
+        cls, seed: int = 0, text: Callable[[Sequence[str]], Tensor] | None = None, dtype: str = "float32",
+        reference_quirks: bool = False, **transformer,
     ) -> CogVideoX:  # fmt: skip
         """The architecture of the shipped tiny model with random weights; for tests. Sizes can be overridden."""
         with torch.random.fork_rng(devices=[]):
@@ -197,8 +197,8 @@ class CogVideoX(LatentModel):
             vae = AutoencoderKLCogVideoX(**TINY_VAE)
             denoiser = CogVideoXTransformer3DModel(**TINY_TRANSFORMER | transformer)
         return cls(
-            vae,
-            denoiser,
+            vae.to(precision(dtype)),
+            denoiser.to(precision(dtype)),
             CogVideoXDPMScheduler(**SCHEDULER),
             text or SentenceText(),
             9,

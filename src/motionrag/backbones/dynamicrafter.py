@@ -33,7 +33,7 @@ from motionrag.backbones.dynamicrafter_encoders import (
 )
 from motionrag.backbones.dynamicrafter_unet import TINY_UNET, DynamiCrafterUNet
 from motionrag.backbones.dynamicrafter_weights import load_checkpoint
-from motionrag.backbones.parts import LatentModel, read_parts, tile_overlap
+from motionrag.backbones.parts import LatentModel, precision, read_parts, tile_overlap
 from motionrag.backbones.sampling import denoising, generators
 from motionrag.encoders import resolve_weights
 from motionrag.errors import MotionRAGError
@@ -78,9 +78,7 @@ def read_checkpoint(
     file: Path, with_text: bool, sizes: Mapping[str, Mapping[str, Any]], frames: int, dtype: str
 ) -> dict[str, nn.Module]:
     """The networks of a published model.ckpt, by name; `sizes` override the 576 x 1024 model's."""
-    precision = getattr(torch, dtype, None)
-    if not isinstance(precision, torch.dtype):
-        raise MotionRAGError(f"dtype={dtype}: expected float32, bfloat16 or float16")
+    wanted = precision(dtype)
 
     def size(name: str, default: Mapping[str, Any]) -> dict[str, Any]:
         return {**default, **sizes.get(name, {})}
@@ -100,7 +98,7 @@ def read_checkpoint(
         if isinstance(part, CLIPTextModel | CLIPVisionModel):  # a count that no file holds
             places = part.embeddings.position_ids.shape[-1]
             part.embeddings.position_ids = torch.arange(places)[None]
-        part.to(precision)
+        part.to(wanted)
     return parts
 
 
@@ -274,8 +272,9 @@ class DynamiCrafter(LatentModel):
 
     @classmethod
     def tiny(
-        cls, seed: int = 0, text: Callable[[Sequence[str]], Tensor] | None = None, fps: float = 8.0, **options
-    ) -> DynamiCrafter:
+        cls, seed: int = 0, text: Callable[[Sequence[str]], Tensor] | None = None, fps: float = 8.0,
+        dtype: str = "float32", **options,
+    ) -> DynamiCrafter:  # fmt: skip
         """Random weights at toy size, 9 x 32 x 32; nothing else differs. `options` are those of the class."""
         frames = 9
         with torch.random.fork_rng(devices=[]):
@@ -288,6 +287,8 @@ class DynamiCrafter(LatentModel):
             image_encoder = CLIPImage(CLIPVisionModel(CLIPVisionConfig(**TINY_CLIP_IMAGE)))
             image_resampler = ImageResampler(**TINY_IMAGE_RESAMPLER, video_length=frames)
         sizes = dict(frames=frames, height=32, width=32, fps=fps, name="dynamicrafter_tiny")
+        for network in (vae, unet, image_encoder, image_resampler):
+            network.to(precision(dtype))
         schedule = Schedule(base_scale=0.3)
         parts = (vae, unet, text or SentenceText(), image_encoder, image_resampler, schedule)
         return cls(*parts, **sizes | {"random_weights": True} | options)

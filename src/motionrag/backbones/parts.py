@@ -17,19 +17,24 @@ from motionrag.errors import MotionRAGError
 from motionrag.modules.diffusion import Generators, noisy_image
 
 
+def precision(dtype: str) -> torch.dtype:
+    """The precision of that name; raises MotionRAGError for another one."""
+    found = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
+    if found is None:
+        raise MotionRAGError(f"dtype={dtype}: expected float32, bfloat16 or float16")
+    return found
+
+
 def read_parts(path: str, dtype: str = "float32", **kinds: type) -> list[Any]:
     """Networks and scheduler below `path`: a folder, `pkg:NAME` or hub id; `kinds` maps subfolder to class.
 
     Networks come frozen, in eval mode and in the precision named `dtype`. Raises MotionRAGError if a part or one of
     its weights is missing, damaged or of another size.
     """
-    precision = getattr(torch, dtype, None)
-    if not isinstance(precision, torch.dtype):
-        raise MotionRAGError(f"dtype={dtype}: expected float32, bfloat16 or float16")
-    folder, parts = resolve_weights(path), []
+    wanted, folder, parts = precision(dtype), resolve_weights(path), []
     for name, kind in kinds.items():
         try:
-            parts.append(_read(folder, name, kind, precision))
+            parts.append(_read(folder, name, kind, wanted))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise MotionRAGError(
@@ -39,12 +44,12 @@ def read_parts(path: str, dtype: str = "float32", **kinds: type) -> list[Any]:
     return parts
 
 
-def _read(folder: str, name: str, kind: type, precision: torch.dtype) -> Any:
+def _read(folder: str, name: str, kind: type, dtype: torch.dtype) -> Any:
     if issubclass(kind, SchedulerMixin):
         return kind.from_pretrained(folder, subfolder=name)
-    options: dict[str, Any] = {"dtype": precision}  # transformers
+    options: dict[str, Any] = {"dtype": dtype}  # transformers
     if issubclass(kind, ModelMixin):  # diffusers
-        options = {"torch_dtype": precision, "low_cpu_mem_usage": is_accelerate_available()}
+        options = {"torch_dtype": dtype, "low_cpu_mem_usage": is_accelerate_available()}
     network: nn.Module
     network, info = kind.from_pretrained(folder, subfolder=name, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):  # the libraries would go on with random values
@@ -115,6 +120,11 @@ class LatentModel:
         """Move VAE and denoiser."""
         self.vae.to(*args, **kwargs)
         self.denoiser.to(*args, **kwargs)
+        return self
+
+    def autoencoder_to(self, device: torch.device | str) -> Self:
+        """Move the VAE alone."""
+        self.vae.to(device)
         return self
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import logging
 
 from motionrag.backbones.base import MotionInput
-from motionrag.backbones.parts import LatentModel, read_parts
+from motionrag.backbones.parts import LatentModel, precision, read_parts
 from motionrag.backbones.sampling import denoising, generators
 from motionrag.errors import MotionRAGError
 from motionrag.modules.diffusion import (
@@ -146,13 +146,15 @@ class SVD(LatentModel):
         return cls(*parts, **options)
 
     @classmethod
-    def tiny(cls, seed: int = 0, **options) -> SVD:
+    def tiny(cls, seed: int = 0, dtype: str = "float32", **options) -> SVD:
         """The architecture at toy size (9 x 32 x 32) with random weights of a fixed seed; for tests and dry runs."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             vae = AutoencoderKLTemporalDecoder(**TINY_VAE)
             image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**TINY_IMAGE_ENCODER))
             unet = UNetSpatioTemporalConditionModel(**TINY_UNET)
+        for network in (vae, image_encoder, unet):
+            network.to(precision(dtype))
         sizes = {"frames": 9, "height": 32, "width": 32, "name": "svd_tiny", "random_weights": True}
         return cls(vae, image_encoder, unet, EulerDiscreteScheduler(**SCHEDULER), **sizes | options)
 

@@ -1,6 +1,7 @@
 """Stage 1: teach a frozen backbone to follow motion tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,8 +35,9 @@ class AdapterModule(Stage):
         reference_dropout: per-sample chance of the zero clip; the backbone drops its own conditions by its own rule.
         weights: weights file to start from.
         gradient_checkpointing: recompute the denoiser's activations in backward.
-        cache: keep latents and contexts of clips seen once, in the CPU's memory (small data sets). The context's
-            encoders then stay on the CPU too and visit the device for new clips only.
+        cache: keep latents, contexts and motion features of clips seen once, in the CPU's memory (small data sets).
+            The networks that make them then visit the device for new clips only; the autoencoder stays if every
+            condition image gets new noise.
         fixed_image_noise: every condition image keeps one draw of its noise (the reference draws anew each time), so
             that `cache` keeps its latents too.
         seed: of noise and time steps.
@@ -72,7 +74,7 @@ class AdapterModule(Stage):
         self.seed, self.fixed_image_noise = seed, fixed_image_noise
         self.dropout_seed = seed if dropout_seed is None else dropout_seed
         self._kept: dict[str, dict[tuple, Any]] | None = (
-            {"latents": {}, "context": {}, "images": {}} if cache else None
+            {"latents": {}, "context": {}, "images": {}, "motion": {}} if cache else None
         )
         self._null_features: Tensor | None = None
 
@@ -96,7 +98,8 @@ class AdapterModule(Stage):
         """Features (B, N, D) of the batch's own clips, from the data if they are there."""
         if batch.target_motion is not None:
             return batch.target_motion
-        return self.motion_encoder(batch.video.float())
+        names = list(zip(batch.clip_id, _rates(batch), strict=True))
+        return self._encoded("motion", names, lambda rows: self.motion_encoder(batch.video[rows].float()))
 
     @torch.no_grad()
     def frozen_features(self, batch: MotionBatch) -> dict[str, Tensor]:
@@ -128,8 +131,8 @@ class AdapterModule(Stage):
             side = self.motion_encoder.size
             # dtypes are named here because precision=bf16-true makes bf16 the default
             shape = (1, self.motion_encoder.frames, 3, side, side)
-            zeros = torch.zeros(shape, device=self.device, dtype=torch.float32)
-            self._null_features = self.motion_encoder(zeros)
+            place = next(self.motion_encoder.parameters()).device  # not worth a journey
+            self._null_features = self.motion_encoder(torch.zeros(shape, device=place, dtype=torch.float32))
         return self._null_features.to(self.device)
 
     def motion_tokens(self, features: Tensor) -> Tensor:
@@ -154,8 +157,7 @@ class AdapterModule(Stage):
         self.motion_adapter.detach()
 
     def on_fit_start(self) -> None:
-        for part in self._frozen:
-            part.to(self.device)
+        self.backbone.denoiser.to(self.device)  # the other networks come when they are needed
         if self.backbone.random_weights:
             self.print(RANDOM_WEIGHTS.format(self.backbone.name))
 
@@ -193,7 +195,7 @@ class AdapterModule(Stage):
         backbone, clips = self.backbone, batch.clip_id
         # one for each clip: two processes of batch n draw what one of 2n draws
         generator = [torch.Generator().manual_seed(step_seed(self.seed, purpose, p)) for p in batch.position]
-        rates = [None] * len(batch) if batch.fps is None else batch.fps.tolist()
+        rates = _rates(batch)
         frames = [0] * len(batch)
         if backbone.random_frame:
             frames = [int(torch.randint(backbone.frames, (1,), generator=g)) for g in generator]
@@ -229,35 +231,42 @@ class AdapterModule(Stage):
         backbone = self.backbone
         if not self.fixed_image_noise:
             level = backbone.image_noise_level(len(images), generator)
-            return backbone.encode_image(images, generator, level), level
+            with self._on_device("images"):
+                return backbone.encode_image(images, generator, level), level
         kept = {} if self._kept is None else self._kept["images"]
-        for row, name in enumerate(names):
-            if name not in kept:
+        new = {name: row for row, name in enumerate(names) if name not in kept}
+        with self._on_device("images") if new else nullcontext():
+            for name, row in new.items():
                 own = torch.Generator().manual_seed(step_seed(self.seed, "image", name))
                 level = backbone.image_noise_level(1, own)
-                kept[name] = backbone.encode_image(images[row : row + 1], own, level), level
+                latents = backbone.encode_image(images[row : row + 1], own, level)
+                kept[name] = latents if self._kept is None else latents.cpu(), level
         latents, levels = zip(*(kept[name] for name in names), strict=True)
-        return torch.cat(latents), None if levels[0] is None else torch.cat(levels)
+        return torch.cat(latents).to(self.device), None if levels[0] is None else torch.cat(levels)
 
     def _encoded(self, kind: str, names: list[tuple], encode: Callable[[list[int]], Tensor]) -> Tensor:
-        """Encode all rows, or with the cache on only those never seen before.
-
-        The context's encoders come to the device when they are first needed: for features never.
-        """
+        """Encode all rows, or with the cache only those never seen before."""
         if self._kept is None:
-            if kind == "context":
-                self.backbone.encoders_to(self.device)
-            return encode(list(range(len(names))))
+            with self._on_device(kind):
+                return encode(list(range(len(names))))
         kept = self._kept[kind]
         new = list({name: row for row, name in enumerate(names) if name not in kept}.items())
         if new:
-            if kind == "context":
-                self.backbone.encoders_to(self.device)
-            encoded = encode([row for _, row in new]).cpu()
+            with self._on_device(kind):
+                encoded = encode([row for _, row in new]).cpu()
             kept.update(zip((name for name, _ in new), encoded, strict=True))
-            if kind == "context":
-                self.backbone.encoders_to("cpu")
         return torch.stack([kept[name] for name in names]).to(self.device)
+
+    @contextmanager
+    def _on_device(self, kind: str) -> Iterator[None]:
+        """The network that makes one kind of features is on the device; with the cache it leaves afterwards, unless every
+        step needs it."""
+        autoencoder = self.backbone.autoencoder_to
+        move = {"context": self.backbone.encoders_to, "motion": self.motion_encoder.to}.get(kind, autoencoder)
+        move(self.device)
+        yield
+        if self._kept is not None and (move != autoencoder or self.fixed_image_noise):
+            move("cpu")
 
     # --- looking at it -----------------------------------------------------------------------------------------
 
@@ -270,11 +279,20 @@ class AdapterModule(Stage):
             self.motion_tokens(self.null_features()),
         )
         images = batch.video[:, 0]
-        contexts = self.backbone.encode_context(batch.captions, images), self.backbone.null_context(images)
+        with self._on_device("context"):
+            contexts = (
+                self.backbone.encode_context(batch.captions, images),
+                self.backbone.null_context(images),
+            )
         seeds = [step_seed(self.seed, "sample", position) for position in batch.position]
         options = {"steps": steps, "guidance": guidance, "seeds": seeds}
-        with self.motion_adapter.use(None):
+        with self.motion_adapter.use(None), self._on_device("latents"):
             return {
                 "without": self.backbone.sample(images, *contexts, **options),
                 "with": self.backbone.sample(images, *contexts, motion=motion, **options),
             }
+
+
+def _rates(batch: MotionBatch) -> list[float | None]:
+    """Frame rate of each clip, None where the data has none."""
+    return [None] * len(batch) if batch.fps is None else batch.fps.tolist()

@@ -93,7 +93,10 @@ class Schedule:
         if not 1 <= count <= total:
             raise MotionRAGError(f"steps={count}: expected 1 to {total} denoising steps")
         if spacing == "trailing":
-            times = (total - total / count * torch.arange(count, dtype=torch.float64)).round().long() - 1
+            # numpy's `arange(total, 0, -total / count)`, as the published code has it, to the last bit: it goes by the
+            # distance of its first two values, and at some counts it has an element too many, past the last step
+            stride = (total - total / count) - total
+            times = (total + stride * torch.arange(count, dtype=torch.float64)).round().long() - 1
         elif spacing == "uniform":
             times = torch.arange(0, total, total // count).flip(0) + 1
             if times[0] >= total:

@@ -310,9 +310,10 @@ class MotionAdapter(nn.Module):
             hidden, *rest = args
             query = use.queries.pop(name)
             if query.shape != hidden.shape:
-                raise ValueError(
-                    f"site {name}: query={site.query} has shape {tuple(query.shape)}, the attention output "
-                    f"{tuple(hidden.shape)}; they must be equal, so build the adapter with query=output here"
+                raise MotionRAGError(
+                    f"site {name}: the attention's input, which motion_adapter.query=hidden asks with, has the shape "
+                    f"{tuple(query.shape)}, its output {tuple(hidden.shape)}; expected the same: set "
+                    "motion_adapter.query=output for this backbone"
                 )
             return site(query, self._motion(name, site, use), hidden, use.scale), *rest
 
