@@ -80,7 +80,7 @@ class MotionRAG:
             self.cama = cama.eval().requires_grad_(False)
             if cama_weights is None:
                 raise MotionRAGError(
-                    "cama_weights is missing: give the .safetensors of Stage 2, or cama=null"
+                    "cama_weights is missing: give the .safetensors of Stage 2, or ~cama to go without"
                 )
             load_weights(cama_weights, cama=self.cama)
         self.device, self.offload = torch.device(device), offload

@@ -28,7 +28,7 @@ def build(cfg: DictConfig) -> MotionRAG:
         appearance_encoder=instantiate(cfg.encoders.appearance),
         resampler=instantiate(cfg.resampler),
         motion_adapter=instantiate(cfg.motion_adapter),
-        cama=instantiate(cfg.cama),
+        cama=instantiate(cfg.get("cama")),  # None with `~cama`
         adapter_weights=cfg.weights.adapter,
         cama_weights=cfg.weights.cama,
         device=cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"),
