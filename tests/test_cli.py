@@ -324,6 +324,12 @@ def test_mistakes_in_overrides(app, capsys, word, expected):
     assert not app.calls
 
 
+def test_suggestions_know_the_chosen_configs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["generate", "image=x", "prompt=x", "backbone=svd_tiny", "backbone.mim_guidance=2"]) == 2
+    assert "did you mean 'backbone.min_guidance'?" in one_line(capsys)
+
+
 def test_missing_value(app, capsys):
     assert app("k=3") == 2
     assert "needs prompt=..." in one_line(capsys)

@@ -251,6 +251,21 @@ def test_everything_is_left_as_it_was(tiny, costs):
     assert not any(p.requires_grad for module in tiny.frozen().values() for p in module.parameters())
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("k=1000", "k=1000: expected 1 to 31 reference"),
+        ("k=0", "k=0"),
+        ("steps=-3", "steps=-3: expected at least 1"),
+    ],
+)
+def test_what_cannot_be_described(tmp_path, monkeypatch, capsys, word, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["describe", "backbone=svd_tiny", word, "hydra.run.dir=out"]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
+    assert message in line
+
+
 def test_command_line(tmp_path, monkeypatch, capsys, tiny, costs):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(describe, "describe", lambda c, **options: costs)  # computed above

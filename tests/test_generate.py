@@ -1,5 +1,7 @@
 """From an image and reference clips to a video: the parts of the method put together."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -198,6 +200,18 @@ def test_no_tokens_or_no_scale_is_the_bare_backbone(model):
         assert torch.equal(generate(model), bare)
     finally:
         model.adapter.attach(model.backbone.adapter_sites())
+
+
+@pytest.mark.parametrize("name", ["guidance", "motion_scale"])
+def test_a_scale_that_is_no_number(model, name):
+    with pytest.raises(MotionRAGError, match=f"{name}=nan: expected a number"):
+        generate(model, noise(2, 8, 128), **{name: float("nan")})
+
+
+def test_weights_without_their_manifest(cfg, tmp_path):
+    shutil.copy(cfg.weights.adapter, tmp_path / "adapter.safetensors")
+    with pytest.warns(UserWarning, match="adapter.safetensors has no .json beside it"):
+        build(OmegaConf.merge(cfg, {"weights": {"adapter": str(tmp_path / "adapter.safetensors")}}))
 
 
 def test_less_than_one_step(model):

@@ -148,9 +148,8 @@ def run(pipe, pictures, guidance=2.0, steps=2, **options):
         options |= {"max_guidance_scale": guidance, "height": 32, "width": 32}
     else:
         image = as_tensor(pictures)
-        contexts = pipe.encode_context(["a ball"] * len(pictures), image), pipe.null_context(image)
         options |= {"steps": steps, "guidance": guidance, "seeds": [3, 4][: len(pictures)]}
-        return pipe.sample(image, *contexts, **options) / 2 + 0.5
+        return pipe(image, "a ball", **options) / 2 + 0.5
     options |= {"num_inference_steps": steps, "num_frames": 9, "output_type": "pt"}
     return pipe(pictures, generator=generators, **options).frames
 
@@ -586,7 +585,9 @@ def test_a_compiled_denoiser(packages, pictures, clips, name, network, in_place)
     torch.testing.assert_close(run(pipe, pictures[:1], steps=1), bare, atol=ATOL, rtol=0)
     assert graphs
     motion.attach(pipe)
-    torch.testing.assert_close(run(pipe, pictures[:1], steps=1, references=clips), expected, atol=ATOL, rtol=0)
+    torch.testing.assert_close(
+        run(pipe, pictures[:1], steps=1, references=clips), expected, atol=ATOL, rtol=0
+    )
     motion.detach()
     torch.testing.assert_close(run(pipe, pictures[:1], steps=1), bare, atol=ATOL, rtol=0)
     torch.compiler.reset()
@@ -832,6 +833,7 @@ def test_references_that_cannot_be_used(cog, packages, pictures, clips, tmp_path
         (None, {"motion_scale": 1.0}, "need references"),
         (None, {"motion_prompt": "a ball"}, "need references"),
         (clips, {"k": 3}, "choose clips of a database"),
+        (tmp_path, {"k": 2.5, "motion_prompt": "a ball"}, "k=2.5: expected a whole number"),
         (clips, {"motion_scale": "much"}, "motion_scale='much': expected a number"),
         (clips, {"motion_scale": float("nan")}, "motion_scale=nan: expected a number"),
         ("missing.mp4", {}, "missing.mp4: missing file"),
@@ -870,7 +872,7 @@ def test_a_package_of_the_hub(publish, pictures, clips):
 # ---------------------------------------------------------------- the page
 
 
-def test_the_examples_of_the_page(monkeypatch, tmp_path, pictures, clips, db):
+def test_the_examples_of_the_page(monkeypatch, tmp_path, packages, pictures, clips, db):
     """All, as they stand; the published weights are the tiny ones here, with a text encoder put in."""
     monkeypatch.chdir(tmp_path)
     for name, clip in zip("ab", clips, strict=True):
@@ -884,7 +886,7 @@ def test_the_examples_of_the_page(monkeypatch, tmp_path, pictures, clips, db):
 
     published.encode_prompt = encode_prompt
     examples = re.findall(PYTHON, DOC, flags=re.M | re.S)
-    assert len(examples) == 2
+    assert len(examples) == 3
     with monkeypatch.context() as patch:
         patch.setattr(CogVideoXImageToVideoPipeline, "from_pretrained", lambda name: published)
         full = {"image": pictures[0]}
@@ -900,3 +902,19 @@ def test_the_examples_of_the_page(monkeypatch, tmp_path, pictures, clips, db):
     tiny = {"image": pictures[0]}
     exec(examples[1].replace("num_inference_steps=25", "num_inference_steps=2"), tiny)
     assert tiny["retrieved"].shape == tiny["stronger"].shape == (1, 9, 32, 32, 3)
+    shutil.copytree(packages["dynamicrafter"], "weights/dynamicrafter")
+    crafter = BACKBONES["dynamicrafter"]()
+    image = as_tensor(pictures[:1])
+    with monkeypatch.context() as patch:
+        patch.setattr(DynamiCrafter, "load", lambda *args, **options: crafter)
+        own = {"image": image, "MotionPackage": MotionPackage}
+        exec(examples[2].replace("seeds=", "steps=2, seeds="), own)
+    assert own["video"].shape == (1, 9, 3, 32, 32)
+
+
+def test_dynamicrafters_call_is_its_sampling(pictures):
+    crafter, image = BACKBONES["dynamicrafter"](), as_tensor(pictures)
+    options = {"steps": 2, "guidance": 2.0, "seeds": [3, 4]}
+    for prompt, prompts in (("a ball", ["a ball"] * 2), (["a ball", "two balls"], ["a ball", "two balls"])):
+        contexts = crafter.encode_context(prompts, image), crafter.null_context(image)
+        assert torch.equal(crafter(image, prompt, **options), crafter.sample(image, *contexts, **options))

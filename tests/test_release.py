@@ -440,6 +440,26 @@ def test_other_formats_are_told_from_damage_and_from_code(tmp_path, sizes, publi
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (torch.tensor(float("nan")), "holds values that are no numbers"),
+        (
+            torch.tensor(0.0).to(torch.float8_e4m3fn),
+            "is torch.float8_e4m3fn, expected a tensor of floats of 16",
+        ),
+    ],
+    ids=["nan", "float8"],
+)
+def test_values_that_are_no_weights(tmp_path, sizes, published, value, match):
+    file = "motion_transformer.ckpt"
+    state = torch.load(published / file, weights_only=True)["state_dict"]
+    key = next(iter(state))
+    state[key] = value.expand(state[key].shape).clone()
+    write(published, {file: {"state_dict": state}})
+    refuse(tmp_path, sizes, published, f"{file}: {key} {match}")
+
+
 @pytest.mark.filterwarnings("ignore:.*[Ss]parse")
 @pytest.mark.parametrize("kind", ["sparse", "without values"])
 def test_tensors_that_are_not_plain(tmp_path, sizes, published, kind):
@@ -474,7 +494,7 @@ def test_contents_that_are_no_tensors(tmp_path, sizes, published):
     for content, match in (
         ([1, 2], "holds no tensors by name"),
         ({"state_dict": {}}, "holds no tensors by name"),
-        ({"state_dict": {"sos_token": 3}}, "sos_token is int, expected a tensor of floats"),
+        ({"state_dict": {"sos_token": 3}}, "sos_token is int, expected a tensor of floats of 16"),
         (
             {"state_dict": {"sos_token": torch.zeros(3, dtype=torch.int8)}},
             "sos_token is torch.int8, expected a tensor",

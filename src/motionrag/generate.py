@@ -6,6 +6,8 @@ picture, l x d motion tokens. Pictures are float32 in [-1, 1].
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -68,6 +70,11 @@ class MotionRAG:
         self.adapter = motion_adapter(sites, token_width=resampler.output_dim).eval().requires_grad_(False)
         self.resampler = resampler.eval().requires_grad_(False)
         manifest = load_weights(adapter_weights, resampler=self.resampler, motion_adapter=self.adapter)
+        if not manifest:
+            warnings.warn(
+                f"{adapter_weights} has no .json beside it, so nothing says what it was trained with: copy that, too",
+                stacklevel=2,
+            )
         trained_with = manifest.get("about", {}).get("adapter_query")
         query = sorted(set(self.adapter.query.values()))
         if trained_with not in (None, query):  # no shape tells them apart
@@ -120,7 +127,7 @@ class MotionRAG:
         """
         if self.cama is None:
             raise MotionRAGError("these weights hold no CAMA: train Stage 2 (motionrag train stage=cama)")
-        most = len(self.cama.motion_positions.table) // self.cama.tokens - 1
+        most = self.cama.max_references
         if reference_tokens.shape[1] > most:
             raise MotionRAGError(
                 f"k={reference_tokens.shape[1]}: this CAMA takes at most {most} reference clips; lower k"
@@ -183,10 +190,13 @@ class MotionRAG:
             motion_scale: weight of the adapter's branch.
             contexts: what `encode_contexts` gave for these prompts and images; None encodes them.
 
-        Raises MotionRAGError for less than one step.
+        Raises MotionRAGError for less than one step, and for a scale that is no number.
         """
         if steps < 1:
             raise MotionRAGError(f"steps={steps}: expected at least 1 denoising step")
+        for name, value in (("guidance", guidance), ("motion_scale", motion_scale)):
+            if not math.isfinite(value):
+                raise MotionRAGError(f"{name}={value}: expected a number, such as 1")
         contexts = contexts or self.encode_contexts(prompts, image)
         options = dict(steps=steps, guidance=guidance, seeds=seeds, progress=progress)
         if tokens is None:

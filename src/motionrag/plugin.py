@@ -182,9 +182,10 @@ class MotionPackage:
         if not clips:
             raise MotionRAGError("references is empty: give at least one clip, or leave it out")
         if len(clips) == 1 and isinstance(clips[0], File) and Path(clips[0]).is_dir():
-            tokens, appearance = self._retrieve(
-                str(clips[0]), prompts or call.prompts, 9 if k is None else k, call.image
-            )
+            k = 9 if k is None else k
+            if not isinstance(k, int):
+                raise MotionRAGError(f"k={k!r}: expected a whole number of reference clips")
+            tokens, appearance = self._retrieve(str(clips[0]), prompts or call.prompts, k, call.image)
         elif prompts is not None or k is not None:
             raise MotionRAGError(
                 "motion_prompt and k choose clips of a database: give its folder as references"

@@ -45,6 +45,7 @@ ENCODERS = {
     "motion": {"name": "MCG-NJU/videomae-base-finetuned-ssv2", "size": 224},
     "appearance": {"name": "facebook/dinov2-large", "size": 224},
 }
+PRECISIONS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FLAT = {RESAMPLER}  # every other file keeps its tensors under `state_dict`
 
 
@@ -259,12 +260,16 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint, mapped from the file; runs nothing that is in it."""
     tensors = read_pickled(path)
     for key, value in tensors.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        if not isinstance(value, Tensor) or value.dtype not in PRECISIONS:
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise MotionRAGError(f"{path}: {key} is {kind}, expected a tensor of floats")
+            raise MotionRAGError(f"{path}: {key} is {kind}, expected a tensor of floats of 16, 32 or 64 bits")
         if value.is_meta or value.layout != torch.strided:
             kind = "without values" if value.is_meta else "sparse"
             raise MotionRAGError(f"{path}: {key} is {kind}, expected a plain tensor: save it as one")
+        if not value.isfinite().all():
+            raise MotionRAGError(
+                f"{path}: {key} holds values that are no numbers: get a checkpoint from before that"
+            )
     return {key: value.detach() for key, value in tensors.items()}
 
 
@@ -310,8 +315,10 @@ def _check_keys(
 def _merge(state: dict[str, Tensor], new: dict[str, Tensor], path: Path) -> None:
     """Add tensors; of two for one key, which must be equal as far as they go, the more precise one stays."""
     for key, tensor in new.items():
-        there = state.setdefault(key, tensor)
-        rough, fine = sorted((there, tensor), key=lambda t: t.element_size())
+        if key not in state:
+            state[key] = tensor
+            continue
+        rough, fine = sorted((state[key], tensor), key=lambda t: t.element_size())
         if not torch.equal(fine.to(rough.dtype), rough):
             raise MotionRAGError(
                 f"{path} and {ADAPTER} hold different motion Resamplers ({key.removeprefix('resampler.')} differs): "

@@ -45,15 +45,16 @@ def video(backbone, image, **options):
     return backbone.sample(image, *contexts, **{"steps": 3, "seeds": [3, 4][: len(image)], **options})
 
 
-@pytest.mark.parametrize("guidance", [3.0, 1.0])
-def test_sampling_is_that_of_diffusers(tiny, pictures, guidance):
+@pytest.mark.parametrize(("guidance", "least"), [(3.0, 1.0), (1.0, 1.0), (3.0, 1.5)])
+def test_sampling_is_that_of_diffusers(tiny, pictures, monkeypatch, guidance, least):
+    monkeypatch.setattr(tiny, "min_guidance", least)
     pipe = StableVideoDiffusionPipeline(
         tiny.vae, tiny.image_encoder, tiny.denoiser, tiny.scheduler, CLIPImageProcessorPil()
     )
     pipe.set_progress_bar_config(disable=True)
     frames = pipe(
         pictures, height=32, width=32, num_frames=9, num_inference_steps=3, max_guidance_scale=guidance,
-        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)], output_type="pt",
+        min_guidance_scale=least, generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)], output_type="pt",
     ).frames  # fmt: skip
     ours = video(tiny, as_tensor(pictures), guidance=guidance)
     torch.testing.assert_close(ours / 2 + 0.5, frames, atol=2e-5, rtol=0)

@@ -53,6 +53,16 @@ def test_half_precision(first_loss):
         assert module.backbone.denoiser.dtype == frozen
 
 
+def test_stage_two_in_half_precision(cama_module, fit):
+    full = fit(cama_module(), 1, batch_size=2)[0][1]
+    for precision, trained in (("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)):
+        module = cama_module()
+        loss = fit(module, 1, batch_size=2, precision=precision)[0][1]
+        assert loss == pytest.approx(full, rel=0.02) and loss != full, precision
+        assert {p.dtype for p in module.parameters()} == {trained}
+        assert {p.dtype for p in module.resampler.parameters()} == {torch.float32}
+
+
 class Moves(list):
     """Where networks were sent, in order; they go there, too."""
 

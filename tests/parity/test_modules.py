@@ -158,10 +158,13 @@ def test_cog_transformer_adapter(case):
     attach(adapter, modules, state, "{0}.processor.to_{1}_ip.0.weight")
 
     def rotary(frames):
-        grid = (sizes["sample_height"] // sizes["patch_size"], sizes["sample_width"] // sizes["patch_size"])
+        picture, patch = case.constructor["rotary"], sizes["patch_size"]
+        pixels = picture["vae_scale_factor_spatial"] * patch
+        grid = picture["height_px"] // pixels, picture["width_px"] // pixels
+        base = sizes["sample_width"] // patch, sizes["sample_height"] // patch
         return get_3d_rotary_pos_embed(
             embed_dim=sizes["attention_head_dim"],
-            crops_coords=get_resize_crop_region_for_grid(grid, grid[1], grid[0]),
+            crops_coords=get_resize_crop_region_for_grid(grid, *base),
             grid_size=grid,
             temporal_size=frames,
         )

@@ -380,6 +380,15 @@ class DynamiCrafter(LatentModel):
 
     # --- sampling --------------------------------------------------------------------------------------------------
 
+    def __call__(self, image: Tensor, prompt: str | Sequence[str], **options: Any) -> Tensor:
+        """First frames (B, 3, H, W) in [-1, 1] and a prompt, or one for each -> video (B, T, 3, H, W) in [-1, 1].
+
+        `options` are those of `sample`, and with a motion package attached also those that it adds.
+        """
+        prompts = [prompt] * len(image) if isinstance(prompt, str) else list(prompt)
+        contexts = self.encode_context(prompts, image), self.null_context(image)
+        return self.sample(image, *contexts, **options)
+
     @torch.no_grad()
     def sample(
         self, image: Tensor, context: Tensor, null_context: Tensor, *, steps: int = 30, guidance: float = 2.0,

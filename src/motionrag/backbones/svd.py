@@ -87,6 +87,7 @@ class SVD(LatentModel):
         frames, height, width, fps: the clips it is used with.
         fps_id, motion_bucket, noise_aug: what SVD is told besides the image: frame rate less one, amount of motion,
             and in sampling the noise that is added to the image.
+        min_guidance: guidance scale of the first frame; it rises to that of the sampling at the last.
         adapter_query: see above.
         vae_chunk: frames that the autoencoder handles at once; null: all. Less memory; decoded frames then see no
             others beyond their chunk.
@@ -111,6 +112,7 @@ class SVD(LatentModel):
         fps_id: int = 6,
         motion_bucket: int = 127,
         noise_aug: float = 0.02,
+        min_guidance: float = 1.0,
         adapter_query: Literal["output", "hidden"] = "hidden",
         vae_chunk: int | None = None,
         name: str = "svd",
@@ -119,6 +121,7 @@ class SVD(LatentModel):
         self.vae, self.image_encoder, self.denoiser, self.scheduler = vae, image_encoder, unet, scheduler
         self.frames, self.height, self.width, self.fps = frames, height, width, fps
         self.fps_id, self.motion_bucket, self.noise_aug = fps_id, motion_bucket, noise_aug
+        self.min_guidance = min_guidance
         self.adapter_query, self.vae_chunk = adapter_query, vae_chunk
         self.name, self.random_weights = name, random_weights
         multiple = 2 ** (len(vae.config.block_out_channels) + len(unet.config.block_out_channels) - 2)
@@ -257,7 +260,7 @@ class SVD(LatentModel):
     ) -> Tensor:  # fmt: skip
         """Euler sampling. First frames (B, 3, H, W), contexts (B, 1, D) -> (B, T, 3, H, W) in [-1, 1].
 
-        Guidance rises from 1 at the first frame to `guidance` at the last. Its unconditional half sees neither
+        Guidance rises from `min_guidance` at the first frame to `guidance` at the last. Its unconditional half sees neither
         context nor image latents; the order is [unconditional, conditional].
         """
         noise_of = generators(seeds, image)
@@ -267,11 +270,13 @@ class SVD(LatentModel):
         shape = (len(image), self.frames, *image_latents.shape[2:])
         latents = randn_tensor(shape, noise_of, self.device, torch.float32)
         latents = latents * self.scheduler.init_noise_sigma
-        guided = guidance != 1
+        guided = (self.min_guidance, guidance) != (1, 1)
         if guided:
             context = torch.cat([null_context, context])
             image_latents = torch.cat([torch.zeros_like(image_latents), image_latents])
-            weight = torch.linspace(1, guidance, self.frames, device=self.device).reshape(-1, 1, 1, 1)
+            weight = torch.linspace(self.min_guidance, guidance, self.frames, device=self.device).reshape(
+                -1, 1, 1, 1
+            )
         timesteps = self.scheduler.timesteps
         with motion.use(guided) if motion else nullcontext():
             for t in denoising(timesteps, timesteps, progress):

@@ -306,7 +306,7 @@ def _launch(verb: str, words: list[str]) -> int:
     try:
         job()
     except Exception as error:
-        line = _config_message(verb, error)
+        line = _config_message(verb, overrides, error)
         if line is None:
             raise
         mistakes.append(line)
@@ -414,7 +414,7 @@ def _omegaconf_message(error: BaseException) -> str | None:
     return f"config: {text}" if not key or key in text else f"config key {key}: {text}"
 
 
-def _config_message(verb: str, error: Exception) -> str | None:
+def _config_message(verb: str, words: list[str], error: Exception) -> str | None:
     """One line for what Hydra found wrong with the overrides or the config files."""
     from hydra.errors import HydraException, InstantiationException
 
@@ -429,7 +429,7 @@ def _config_message(verb: str, error: Exception) -> str | None:
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
         key = unknown[1].split("@")[0]
-        known = _known_keys(verb)
+        known = _known_keys(verb, words)
         return f"unknown config key '{key}'{_suggest(key, known)} (motionrag {verb} --help lists the keys)"
     choice = re.search(
         r"Could not find '([^']+)'\s+Available options in '([^']+)':(.*?)(?:\n\S|\Z)", text, flags=re.S
@@ -441,8 +441,8 @@ def _config_message(verb: str, error: Exception) -> str | None:
     return " ".join(text.split())
 
 
-def _known_keys(verb: str) -> list[str]:
-    """Dotted keys of the verb's config with its defaults."""
+def _known_keys(verb: str, words: list[str]) -> list[str]:
+    """Dotted keys of the verb's config with the groups that the words choose."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -451,7 +451,8 @@ def _known_keys(verb: str) -> list[str]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-            cfg = compose(config_name=verb)
+            groups = [word for word in words if (conf_dir() / word.partition("=")[0]).is_dir()]
+            cfg = compose(config_name=verb, overrides=groups)
     except HydraException:  # a required group: only the verb's own keys can be named
         loaded = OmegaConf.load(conf_dir() / f"{verb}.yaml")
         return [key for key in loaded if key != "defaults"]

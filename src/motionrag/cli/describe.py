@@ -17,6 +17,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from rich.console import Console
 
     from motionrag.describe import Configuration, backbone_on_meta, describe, encoders_on_meta
+    from motionrag.errors import MotionRAGError
     from motionrag.release import RELEASES
 
     choice = HydraConfig.get().runtime.choices.backbone
@@ -27,11 +28,17 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     with torch.device("meta"):
         resampler, cama = instantiate(sizes.resampler), instantiate(sizes.cama)
         adapter = instantiate(cfg.motion_adapter)(backbone.adapter_sites(), token_width=resampler.output_dim)
-    steps = cfg.steps or RELEASES[family].settings["steps"]
+    steps = RELEASES[family].settings["steps"] if cfg.steps is None else int(cfg.steps)
+    if steps < 1:
+        raise MotionRAGError(f"steps={steps}: expected at least 1 denoising step")
+    if not 1 <= cfg.k <= cama.max_references:
+        raise MotionRAGError(
+            f"k={cfg.k}: expected 1 to {cama.max_references} reference clips, which this CAMA takes"
+        )
     results = describe(
         Configuration(backbone, motion_encoder, appearance_encoder, resampler, adapter, cama),
         k=int(cfg.k),
-        steps=int(steps),
+        steps=steps,
         size=int(sizes.encoders.appearance.size),
         release=family if family == choice else None,
     )

@@ -118,7 +118,9 @@ class AdapterModule(Stage):
         backbone = self.backbone
         if backbone.random_frame:
             raise MotionRAGError(
-                f"{backbone.name} is trained on a frame drawn from the clip anew each time: it takes no features, only clips"
+                f"{backbone.name} is trained on a frame drawn from the clip anew each time, so it "
+                "takes no features: set backbone.random_frame=false, or leave features out (module.cache=true keeps them "
+                "in memory)"
             )
         about = {name: getattr(backbone, name) for name in ("name", "frames", "height", "width")}
         encoders = {k: v for k, v in vars(backbone).items() if isinstance(v, nn.Module) and k != "denoiser"}

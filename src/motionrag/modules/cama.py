@@ -88,6 +88,11 @@ class CAMA(nn.Module):
         )
         self.transformer = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
 
+    @property
+    def max_references(self) -> int:
+        """Reference clips that the position codes suffice for, besides the target."""
+        return len(self.motion_positions.table) // self.tokens - 1
+
     def appearance_tokens(self, features: Tensor) -> Tensor:
         """features (B, S, M, E) in sequence order -> appearance tokens with position codes (B, S*l, d)."""
         tokens = self.appearance_positions(
