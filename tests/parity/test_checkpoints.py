@@ -182,4 +182,6 @@ def test_full_files_there_and_back(published, sizes, name, values, space, no_che
         assert {key: list(value.shape) for key, value in state.items()} == entry["keys"]
         for key, value in state.items():
             assert same(value, values(numbers[maps[file][key]], value.shape)), key
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 8e9  # of all that this process has done
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 8e9
+    )  # of all that this process has done
