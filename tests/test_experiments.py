@@ -42,7 +42,10 @@ def test_every_arm_and_training_composes(run, file):
         one = (*words, *spec.get("worlds", {}).get(arm, {}).items())
         assert one not in seen, f"{arm}: the same as another arm"
         seen.add(one)
-        for key, _, value in (word.partition("=") for word in words):
+        if changed := [word for word in words if word[0] in "+~"]:
+            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+                compose("evaluate", overrides=words)
+        for key, _, value in (word.partition("=") for word in words if word not in changed):
             assert OmegaConf.select(cfg, key, default="?") != "?", f"{arm}: evaluate knows no {key}"
             assert key != "retriever" or (conf_dir() / key / f"{value}.yaml").is_file(), arm
         (condition,) = [word for word in words if word.startswith("conditions=")]
