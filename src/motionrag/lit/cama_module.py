@@ -82,12 +82,10 @@ class CAMAModule(Stage):
     @torch.no_grad()
     def motion_tokens(self, features: Tensor) -> Tensor:
         """Features (..., N, D) -> motion tokens (..., l, d), in the precision that is trained in."""
-        exact = next(
-            self.resampler.parameters()
-        ).dtype  # its own: it is frozen, and outside what Lightning casts
-        return (
-            self.resampler(features.flatten(0, -3).to(exact)).unflatten(0, features.shape[:-2]).to(self.dtype)
-        )
+        # The Resampler keeps its own precision: it is frozen, and outside what Lightning casts.
+        exact = next(self.resampler.parameters()).dtype
+        tokens = self.resampler(features.flatten(0, -3).to(exact))
+        return tokens.unflatten(0, features.shape[:-2]).to(self.dtype)
 
     def on_fit_start(self) -> None:
         self.resampler.to(self.device)
