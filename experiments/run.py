@@ -5,15 +5,23 @@ is a list of overrides of `motionrag evaluate` that leave one condition, and ove
 a database of another size (ARM: {db_clips: N}). Where arms need weights
 of their own, `trainings` names overrides of `motionrag train` (after those of `common_training`), and `trained:NAME`
 stands for the weights file that this left. Every arm runs with all seeds, on the same test clips and the same noise.
-Finished runs and trainings are kept in outputs/experiments, under a name made of their overrides and the weights that
-ship, and are not run again, also when another experiment asks for them. Written beside the yaml:
+`gate` names an arm that the baseline has to beat before any other arm is run (a backbone is competent if it is better
+than its first frame, standing still).
+
+Every arm and training is a run of the command line, `motionrag evaluate ...` or `motionrag train ...`, in a folder of
+outputs/experiments with all that such a run leaves (config, provenance, clips, logs). The folder's name is made of the
+overrides, the files that they name and the weights that ship; what is finished is not run again, also when another
+experiment asks for it. Left in outputs/experiments/NAME: report.html, all arms side by side. Each arm is also a run in
+W&B, of the group NAME (offline unless you are logged in; WANDB_MODE=disabled: not at all).
+
+Written beside the yaml:
 
 - results.json: per arm, domain and metric the mean over clips and seeds with its standard error, and the paired
-  difference to the baseline arm with its own; for metrics of a whole set (FVD) the mean over seeds and their standard
-  deviation; settings, seeds, seconds of generation, the commits that ran
+  difference to the baseline arm with its own; for metrics of a whole set (FVD) the mean over seeds, their standard
+  deviation and the number of samples; settings, seeds, seconds of generation, the commits that ran
   (a run is not repeated when code changes: remove outputs/experiments/runs for that); of trainings
   parameters, last validation loss and minutes
-- table.md, plot.png
+- table.md, plot.png: made of results.json alone (`run.py NAME --show` makes them again, with the yaml's words)
 
 A standard error is over test clips: each clip's values are averaged over the seeds first, because one clip's seeds
 are no independent evidence.
@@ -24,7 +32,9 @@ import hashlib
 import importlib
 import json
 import math
+import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -42,6 +52,7 @@ from motionrag.data.motionworld import make_dataset
 from motionrag.errors import MotionRAGError
 from motionrag.io import write_json, write_text
 from motionrag.provenance import git_state
+from motionrag.report import write_report
 
 HERE = Path(__file__).parent
 OUTPUTS = HERE.parent / "outputs" / "experiments"
@@ -51,7 +62,7 @@ SET_METRICS = {"fvd": ("FVD", -1)}  # no value for a clip, so no paired differen
 
 
 def verb(name: str, *overrides: str) -> dict[str, Any]:
-    """`motionrag NAME overrides...` inside this process."""
+    """`motionrag NAME overrides...` inside this process, which keeps no run folder of its own."""
     cfg = compose(config_name=name, overrides=list(overrides))
     return importlib.import_module(f"motionrag.cli.{name}").run(cfg)
 
@@ -92,24 +103,34 @@ def run_arm(world_spec: dict[str, int], overrides: list[str]) -> Path:
     """The folder of one evaluation, which is run unless it was already with these weights."""
     overrides = settled(overrides)
     recipe = {"world": world_spec, "overrides": overrides}
-    key = weights_hash()
-    key.update(json.dumps(recipe, sort_keys=True).encode())
-    out = OUTPUTS / "runs" / key.hexdigest()[:16]
-    if not (out / "metrics.json").exists():
+    (condition,) = re.findall(r"^conditions=\[(\w+)\]$", "\n".join(overrides), flags=re.M)
+    out = OUTPUTS / "runs" / f"{condition}-{recipe_key(overrides, world_spec)}"
+    if not (out / "recipe.json").exists():
         db, shards = world(**world_spec)
-        verb(
-            "evaluate",
-            f"db={db}",
-            f"shards={shards}",
-            *overrides,
-            f"out={out}",
-            "save_clips=0",
-            "resamples=0",
+        motionrag(
+            "evaluate", f"db={db}", f"shards={shards}", *overrides, "save_clips=2", "resamples=0", out=out
         )
-        write_json(
-            out / "recipe.json", recipe | {"commit": (git_state(HERE.parent) or {}).get("commit", "unknown")}
-        )
+        commit = (git_state(HERE.parent) or {}).get("commit", "unknown")
+        write_json(out / "recipe.json", recipe | {"commit": commit})
     return out
+
+
+def recipe_key(overrides: list[str], world_spec: dict[str, int] | None = None) -> str:
+    """A name for what is run, with the contents of the files that it names and of the weights that ship."""
+    key = weights_hash()
+    key.update(json.dumps(world_spec, sort_keys=True).encode())
+    for text in overrides:
+        name, _, value = text.partition("=")
+        key.update(name.encode() + (Path(value).read_bytes() if Path(value).is_file() else value.encode()))
+    return key.hexdigest()[:12]
+
+
+def motionrag(name: str, *words: str, out: Path) -> None:
+    """`motionrag NAME words...` into the run folder `out`; raises MotionRAGError if it fails."""
+    command = [name, *words, f"hydra.run.dir={out}"]
+    print(f"\n$ motionrag {shlex.join(command)}", flush=True)
+    if subprocess.run([sys.executable, "-m", "motionrag.cli", *command]).returncode:
+        raise MotionRAGError(f"a run failed, as said above: motionrag {shlex.join(command)}")
 
 
 def settled(overrides: list[str]) -> list[str]:
@@ -122,20 +143,15 @@ def with_weights(overrides: list[str], weights: dict[str, Path]) -> list[str]:
     return [re.sub(r"trained:(.+)", lambda found: str(weights[found[1]]), text) for text in overrides]
 
 
-def train(overrides: list[str]) -> tuple[Path, dict[str, Any]]:
+def train(overrides: list[str], group: str) -> tuple[Path, dict[str, Any]]:
     """The weights file that one training leaves, and its parameters, last validation loss and minutes.
 
-    `overrides` are those of `motionrag train`. Trained unless it was already with the weights that ship. Raises
-    MotionRAGError if it fails.
+    `overrides` are those of `motionrag train`. Trained unless it was already with the weights that ship.
     """
-    key = weights_hash()
-    key.update(json.dumps(overrides).encode())
-    out = OUTPUTS / "trained" / key.hexdigest()[:16]
+    out = OUTPUTS / "trained" / recipe_key(overrides)
     if not (out / "minutes.json").exists():
-        motionrag, start = [sys.executable, "-m", "motionrag.cli"], time.monotonic()
-        words = ["train", *overrides, "logger=csv", f"hydra.run.dir={out}"]
-        if subprocess.run([*motionrag, *words]).returncode:
-            raise MotionRAGError(f"a training failed, as said above: motionrag {' '.join(words)}")
+        start = time.monotonic()
+        motionrag("train", *overrides, f"logger.wandb.group={group}", out=out)
         write_json(out / "minutes.json", round((time.monotonic() - start) / 60, 1))
     results = json.loads((out / "results.json").read_text())
     about = {"trainable_parameters": results["trainable_parameters"], "val_loss": results["objective"]}
@@ -150,8 +166,8 @@ def summarise(folders: dict[str, Path], baseline: str) -> dict[str, Any]:
     for rows in runs.values():
         rows["domain"] = rows.id.str.split("-").str[1]
     for arm, rows in runs.items():
-        spread = json.loads((folders[arm] / "metrics.json").read_text())["spread"]
-        (spread,) = spread.values()  # one condition
+        result = json.loads((folders[arm] / "metrics.json").read_text())
+        (spread,) = result["spread"].values()  # one condition
         for domain in sorted(rows.domain.unique()):
             for metric in METRICS:
                 mine, base = (
@@ -165,6 +181,7 @@ def summarise(folders: dict[str, Path], baseline: str) -> dict[str, Any]:
             for metric in SET_METRICS:
                 seeds = pd.Series(spread[domain][metric]["seeds"])
                 table[arm][domain][metric] = {"mean": seeds.mean(), "seeds": seeds.tolist()}
+                table[arm][domain][metric] |= result["samples"][domain][metric]
                 if len(seeds) > 1:
                     table[arm][domain][metric]["standard_deviation"] = seeds.std()
     return table
@@ -181,10 +198,35 @@ def generation_seconds(folders: dict[str, Path]) -> int:
     return round(total)
 
 
-def markdown(table: dict[str, Any], baseline: str) -> str:
-    """One table for each domain; a difference of more than two standard errors is marked."""
-    lines = []
-    for domain in next(iter(table.values())):
+def check_gate(table: dict[str, Any], baseline: str, gate: str) -> None:
+    """Raise MotionRAGError unless the baseline beats the arm `gate` in every domain, in the first two metrics."""
+    for domain in table[baseline]:
+        for metric in list(METRICS)[:2]:
+            mine, theirs = (table[arm][domain][metric]["mean"] for arm in (baseline, gate))
+            if (mine - theirs) * METRICS[metric][1] <= 0:
+                raise MotionRAGError(
+                    f"{baseline} is no better than {gate} on {domain} motions ({METRICS[metric][0]} {mine:.2f} against "
+                    f"{theirs:.2f}): train it further before anything is compared with it"
+                )
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """How it was made, and one table for each domain; a difference of more than two standard errors is marked."""
+    table, baseline, seeds = results["arms"], results["spec"]["baseline"], results["seeds"]
+    some = next(iter(table[baseline].values()))
+    made = [
+        f"`{results['command']}`: {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}; "
+        f"{some['action_score']['clips']} test clips of each domain; {results['seconds']} s of generation; "
+        f"commits {', '.join(commit[:7] for commit in results['commits'])}."
+    ]
+    if trainings := results.get("trainings"):
+        of_each = [
+            f"{name} {t['minutes']} min ({t['trainable_parameters']:,} parameters, validation loss {t['val_loss']:.4f})"
+            for name, t in trainings.items()
+        ]
+        made.append(f"Trained: {'; '.join(of_each)}.")
+    lines = [*made, ""]
+    for domain in table[baseline]:
         lines += [
             f"**{domain} motions**",
             "",
@@ -204,7 +246,12 @@ def markdown(table: dict[str, Any], baseline: str) -> str:
                 cells.append(f"{v['mean']:.2f}" + (f" ± {v['standard_deviation']:.2f}" if "standard_deviation" in v else ""))  # fmt: skip
             lines.append(f"| {arm} | " + " | ".join(cells) + " |")
         lines.append("")
-    return "\n".join([*lines, f"± is the standard error over test clips, for FVD the standard deviation over seeds; ▲ better, ▼ worse than {baseline} by more than two standard errors of the paired difference.", ""])  # fmt: skip
+    lines.append(f"± is the standard error over test clips, for FVD the standard deviation over seeds; ▲ better, ▼ worse than {baseline} by more than two standard errors of the paired difference.")  # fmt: skip
+    for metric, (heading, _) in SET_METRICS.items():
+        samples, features = some[metric]["samples"], some[metric]["features"]
+        few = f", fewer than its {features} features and so far above its limit: compare it only at equal counts"
+        lines.append(f"{heading} is that of {samples} samples{few if samples < features else ''}.")
+    return "\n".join([*lines, ""])
 
 
 def plot(path: Path, table: dict[str, Any]) -> None:
@@ -227,38 +274,58 @@ def plot(path: Path, table: dict[str, Any]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main(name: str) -> None:
+def main(name: str, show: bool) -> None:
     folder = HERE / name
     if not (folder / "experiment.yaml").is_file():
         known = sorted(p.parent.name for p in HERE.glob("*/experiment.yaml"))
         raise MotionRAGError(f"NAME={name}: no such experiment; choose from {', '.join(known)}")
     spec = OmegaConf.to_container(OmegaConf.load(folder / "experiment.yaml"))
+    if show:
+        results = json.loads((folder / "results.json").read_text())
+        write(folder, results | {"question": spec["question"], "conclusion": spec["conclusion"]})
+        return
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         weights, trainings, folders = {}, {}, {}
         for training, overrides in spec.get("trainings", {}).items():
             weights[training], trainings[training] = train(
-                with_weights([*spec.get("common_training", []), *overrides], weights)
+                with_weights([*spec.get("common_training", []), *overrides], weights), name
             )
-        for arm, overrides in spec["arms"].items():
-            overrides = with_weights([*spec["common"], *overrides], weights)
+        first = [arm for arm in (spec["baseline"], spec.get("gate")) if arm]
+        for arm in [*first, *(arm for arm in spec["arms"] if arm not in first)]:
+            overrides = with_weights([*spec["common"], *spec["arms"][arm]], weights)
             place = spec["world"] | spec.get("worlds", {}).get(arm, {})
             folders[arm] = run_arm(place, [*overrides, f"seeds={spec['seeds']}"])
-    table = summarise(folders, spec["baseline"])
-    if any(math.isnan(v["mean"]) for d in table.values() for m in d.values() for v in m.values()):
-        raise MotionRAGError(f"{name}: a mean is not a number; remove {OUTPUTS / 'runs'} and run again")
-    about = {key: spec[key] for key in ("question", "conclusion", "seeds") if key in spec}
-    about["command"] = f"make experiment NAME={name}"
-    about |= {"spec": spec, "seconds": generation_seconds(folders)}
-    about["commits"] = sorted(
-        {json.loads((f / "recipe.json").read_text())["commit"] for f in folders.values()}
-    )
-    if trainings:
-        about["trainings"] = trainings
-    write_json(folder / "results.json", about | {"arms": table})
-    head = "\n\n".join([f"# {name}", *(spec[k] for k in ("question", "conclusion") if k in spec), ""])
-    write_text(folder / "table.md", head + markdown(table, spec["baseline"]))
-    plot(folder / "plot.png", table)
-    print(markdown(table, spec["baseline"]))
+            if arm == spec.get("gate"):
+                check_gate(summarise(folders, spec["baseline"]), spec["baseline"], arm)
+        folders = {arm: folders[arm] for arm in spec["arms"]}
+        table = summarise(folders, spec["baseline"])
+        if any(math.isnan(v["mean"]) for d in table.values() for m in d.values() for v in m.values()):
+            raise MotionRAGError(f"{name}: a mean is not a number; remove {OUTPUTS / 'runs'} and run again")
+        results = {key: spec[key] for key in ("question", "conclusion", "seeds") if key in spec}
+        results["command"] = f"make experiment NAME={name}"
+        results |= {"spec": spec, "seconds": generation_seconds(folders)}
+        results["commits"] = sorted(
+            {json.loads((f / "recipe.json").read_text())["commit"] for f in folders.values()}
+        )
+        results |= {"trainings": trainings} if trainings else {}
+        write(folder, results | {"arms": table})
+        runs, page = list(dict.fromkeys(folders.values())), OUTPUTS / name / "report.html"
+        print(f"\n{write_report(runs, page, title=f'Experiment {name}')}", flush=True)
+        os.environ.setdefault("WANDB_SILENT", "true")
+        if os.environ.get("WANDB_MODE") != "disabled":
+            logged = verb(
+                "wandb", f"what=[log,{','.join(map(str, runs))}]", f"group={name}", f"tags=[{name}]"
+            )
+            print(logged["summary"].partition(":")[0], f"in W&B's group {name}")
+
+
+def write(folder: Path, results: dict[str, Any]) -> None:
+    """results.json, table.md and plot.png in `folder`; the table is printed, too."""
+    write_json(folder / "results.json", results)
+    head = [f"# {folder.name}", *(results[k] for k in ("question", "conclusion") if k in results), ""]
+    write_text(folder / "table.md", "\n\n".join(head) + markdown(results))
+    plot(folder / "plot.png", results["arms"])
+    print(markdown(results))
 
 
 if __name__ == "__main__":
@@ -266,7 +333,9 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name")
+    parser.add_argument("--show", action="store_true", help="run nothing: table and plot from results.json")
     try:
-        main(parser.parse_args().name)
+        arguments = parser.parse_args()
+        main(arguments.name, arguments.show)
     except MotionRAGError as error:
         raise SystemExit(f"error: {error}") from None

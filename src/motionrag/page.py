@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,20 @@ PIXEL_WIDTH = 128  # clips this narrow are enlarged with hard edges
 # ---------------------------------------------------------------- words and numbers
 
 
+def name(metric: str) -> str:
+    """What a metric is called."""
+    return METRICS.get(metric, (label(metric),))[0]
+
+
 def heading(metric: str) -> str:
     """What stands above a metric's numbers: its name, and an arrow where more or less is better."""
-    name, _, more_is_better = METRICS.get(metric, (label(metric), 0, None))
-    return name + {True: " ↑", False: " ↓", None: ""}[more_is_better]
+    more_is_better = METRICS.get(metric, ("", 0, None))[2]
+    return name(metric) + {True: " ↑", False: " ↓", None: ""}[more_is_better]
+
+
+def sample_counts(samples: Mapping[str, Mapping[str, int]]) -> str:
+    """How many samples the metrics of a whole set stand on (metric -> `samples`), e.g. ``, FVD of 20 samples``."""
+    return "".join(f", {name(metric)} of {each['samples']} samples" for metric, each in samples.items())
 
 
 def label(name: str, labels: dict[str, str] | None = None) -> str:

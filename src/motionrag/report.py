@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def _add_evaluation(section: Section, folder: Path, max_clips: int, max_referenc
         )
     conditions = metrics["conditions"]
     labels = {**page.LABELS, **metrics.get("labels", {})}
-    section.table = metric_table(conditions, labels)
+    section.table = metric_table(conditions, labels, metrics.get("samples"))
     section.headlines = list(_headlines(conditions, labels))
     section.notes = [str(note) for note in metrics.get("notes", [])]
     section.settings = {page.label(key): _plain(value) for key, value in metrics.get("settings", {}).items()}
@@ -161,8 +161,15 @@ def _add_evaluation(section: Section, folder: Path, max_clips: int, max_referenc
     ]
 
 
-def metric_table(conditions: dict[str, dict[str, dict[str, float]]], labels: dict[str, str]) -> Table:
-    """Numbers of all conditions, with the best of each column and differences to the first condition."""
+def metric_table(
+    conditions: dict[str, dict[str, dict[str, float]]],
+    labels: dict[str, str],
+    samples: Mapping[str, Mapping[str, Mapping[str, int]]] | None = None,
+) -> Table:
+    """Numbers of all conditions, with the best of each column and differences to the first condition.
+
+    samples: domain -> metric -> how many samples it stands on, where that is not one for each clip and seed.
+    """
     first = next(iter(conditions))
     domains = list(dict.fromkeys(domain for values in conditions.values() for domain in values))
     columns = []
@@ -183,7 +190,9 @@ def metric_table(conditions: dict[str, dict[str, dict[str, float]]], labels: dic
         rows.append((page.label(name, labels), cells))
     headings = [
         (
-            page.label(domain, labels) + _clips(conditions, domain),
+            page.label(domain, labels)
+            + _clips(conditions, domain)
+            + page.sample_counts((samples or {}).get(domain, {})),
             sum(column[0] == domain for column in columns),
         )
         for domain in domains

@@ -13,33 +13,24 @@ from typing import TYPE_CHECKING, Any, get_args
 from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
+    from motionrag.backbones.base import Backbone
     from motionrag.evaluation.gallery import Gallery
     from motionrag.evaluation.scores import Metrics, Scores
     from motionrag.evaluation.tables import PaperTable
 
 LABELS = {
+    "finetuned": "backbone fine-tuned on full captions",
     "mean": "mean of references, no CAMA",
     "fusion": "merged references, no CAMA",
     "known_only": "database without new motions",
     "still": "still first frame",
 }
-#: What a protocol fixes; a run that changes any of it says so in its notes.
-FIXED = (
-    "shards",
-    "db",
-    "retriever",
-    "k",
-    "query",
-    "order",
-    "conditions",
-    "without",
-    "steps",
-    "guidance",
-    "motion_scale",
-    "seeds",
-    "limit",
-    "metrics",
-)
+#: What may differ from a protocol's config without a word: where things lie and are computed, what is kept and shown,
+#: and the weights, which are what is measured and stand in the settings.
+FREE = {
+    "weights", "backbone.path", "out", "device", "offload", "batch_size", "save_clips", "export_vbench", "notes",
+    "seed", "metric_errors", "resamples", "table", "clips", "truth", "prompts", "needs", "protocol",
+}  # fmt: skip
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -57,7 +48,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     result = {"spread": scores.spread(), "differences": scores.differences(), "seconds": scores.seconds()}
     result = {"conditions": scores.table(), "settings": settings, "labels": LABELS, **result}
     result |= {name: scores.left(result[name]) for name in ("spread", "differences")}
-    result["notes"] = [*cfg.notes, *notes, *changes(cfg)]
+    result["samples"] = scores.samples()
+    result["notes"] = [*cfg.notes, *notes, *changes(cfg), *few_samples(result["samples"])]
+    result["notes"] += incompetent(result["conditions"])
     result["notes"] += [f"without {name}, which failed: {why}" for name, why in scores.metrics.failed.items()]
     per_clip = scores.per_clip()
     gallery.write({i: mean_over_seeds(conditions) for i, conditions in per_clip.items()})
@@ -67,7 +60,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     write_json(out / "metrics.json", result)
 
     console = Console()
-    console.print(*rich_tables(result["conditions"]))
+    console.print(*rich_tables(result["conditions"], result["samples"]))
     for table in tables:
         if len(table.rows) > 1:
             console.print(rich_paper_table(table))
@@ -115,6 +108,7 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
     metrics = load_metrics(cfg, counts)
     model = build(cfg)
     model.check_database(db)
+    finetuned = load_finetuned(cfg).to(model.device) if "finetuned" in conditions else None
     find = References(
         db, instantiate(cfg.retriever, db=db), int(cfg.k), str(cfg.query), cfg.without, cfg.order
     )
@@ -128,9 +122,9 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
     total = sum(-(-count // int(cfg.batch_size)) for count in counts.values())
     split = read_split(str(cfg.shards), model.backbone, cfg.limit, int(cfg.batch_size))
     for clips in track(split, description="evaluating", total=total):
+        generation = Generation(model, find, clips, cfg.fusion, finetuned, **sampling)
         if not count:
-            warm_up(model, find, clips, conditions, **sampling)
-        generation = Generation(model, find, clips, cfg.fusion, **sampling)
+            warm_up(generation, conditions)
         measured: ClipBatch | None = None
         for seed in seeds:
             for condition in conditions:
@@ -156,6 +150,8 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
         vbench.write()
     settings = {"k": int(cfg.k), **sampling, "seeds": seeds}
     settings |= {"backbone": model.backbone.name, "database": f"{len(db)} clips", "test clips": count}
+    parts = ["adapter", "cama", "finetuned"] if finetuned else ["adapter", "cama"]
+    settings |= {f"{part} weights": str(cfg.weights[part]) for part in parts if cfg.weights[part]}
     settings |= {"protocol": str(cfg.protocol)} if cfg.protocol else {}
     notes = [RANDOM_WEIGHTS.format(model.backbone.name)] if model.backbone.random_weights else []
     if read_notes:
@@ -234,26 +230,87 @@ def check_inputs(cfg: DictConfig) -> None:
         )
 
 
+def load_finetuned(cfg: DictConfig) -> Backbone:
+    """The backbone of the condition `finetuned`; raises MotionRAGError if its weights are not named or do not fit."""
+    from hydra.utils import instantiate
+
+    from motionrag.errors import MotionRAGError
+    from motionrag.release import load_finetune
+
+    if not (path := cfg.weights.get("finetuned")):
+        raise MotionRAGError(
+            "the condition finetuned needs weights.finetuned=FILE, tensors of a fine-tuned backbone (docs/evaluation.md)"
+        )
+    backbone = instantiate(cfg.backbone)
+    load_finetune(backbone.denoiser, path)
+    return backbone
+
+
 def changes(cfg: DictConfig) -> list[str]:
     """What of the chosen protocol this run does otherwise, as one note."""
     if not cfg.protocol:
         return []
     from hydra import compose
+    from hydra.core.hydra_config import HydraConfig
 
-    fixed = compose("evaluate", overrides=[f"protocol={cfg.protocol}"])
-    fixed.backbone = cfg.backbone  # steps and guidance depend on it
-    changed = []
-    for key in FIXED:
-        mine, theirs = (
-            OmegaConf.to_container(c[key], resolve=True) if OmegaConf.is_config(c[key]) else c[key]
-            for c in (cfg, fixed)
-        )
-        if mine != theirs:
-            value = ",".join(map(str, mine)) if isinstance(mine, dict | list) else mine
-            if isinstance(mine, dict):
-                value = mine.get("_target_", value)
-            changed.append(f"{key}={value}")
+    chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    words = [f"protocol={cfg.protocol}"]
+    if cfg.backbone.get("name") in cfg.get("sampling", ()) and "backbone" in chosen:
+        words.append(f"backbone={chosen['backbone']}")  # one of those that the protocol has settings for
+    if "release" in chosen:
+        words.append(f"+release={chosen['release']}")
+    mine, theirs = (
+        OmegaConf.to_container(each, resolve=True) for each in (cfg, compose("evaluate", overrides=words))
+    )
+    changed = [
+        f"{key}={value}"
+        for name in sorted(mine.keys() | theirs.keys())
+        for key, value in differing(name, mine.get(name), theirs.get(name))
+    ]
     return [f"not the protocol {cfg.protocol}: changed {', '.join(changed)}"] if changed else []
+
+
+def differing(key: str, mine: Any, theirs: Any) -> list[tuple[str, Any]]:
+    """The innermost keys under `key`, but for those in FREE, whose values are not the same, with mine."""
+    if key in FREE or mine == theirs:
+        return []
+    both = isinstance(mine, dict) and isinstance(theirs, dict)
+    if both and mine.get("_target_") == theirs.get("_target_") and (key != "metrics" or [*mine] == [*theirs]):
+        parts = dict.fromkeys([*mine, *theirs])
+        return [each for k in parts for each in differing(f"{key}.{k}", mine.get(k), theirs.get(k))]
+    if isinstance(mine, dict):
+        mine = mine.get("_target_", ",".join(mine))
+    return [(key, ",".join(map(str, mine)) if isinstance(mine, list) else mine)]
+
+
+def few_samples(samples: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[str]:
+    """A note for each metric whose samples are fewer than its features."""
+    from motionrag.page import name
+
+    counts: dict[tuple[str, int], set[int]] = {}
+    for metrics in samples.values():
+        for metric, each in metrics.items():
+            if each["samples"] < each["features"]:
+                counts.setdefault((metric, each["features"]), set()).add(each["samples"])
+    return [
+        f"{name(metric)}: {' or '.join(map(str, sorted(found)))} samples, fewer than the {features} features: far above "
+        "its limit, compare only values of as many samples"
+        for (metric, features), found in counts.items()
+    ]
+
+
+def incompetent(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+    """A note for each domain where the backbone alone shows the motion no better than its first frame, standing still."""
+    notes = []
+    for domain, still in table.get("still", {}).items():
+        base = table.get("backbone", {}).get(domain, {})
+        for metric, sign in (("action_score", 1), ("trajectory_error", -1)):
+            if metric in base and metric in still and sign * (base[metric] - still[metric]) <= 0:
+                notes.append(
+                    f"{domain}: the backbone alone is no better than a still image ({metric} {base[metric]:.2f} against "
+                    f"{still[metric]:.2f}), so little follows from what motion tokens add to it"
+                )
+    return notes
 
 
 def mean_over_seeds(
@@ -297,7 +354,10 @@ def summary(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     return f"{heading(metric).rstrip(' ↑↓')} {', '.join(parts)} ({clips} clips)"
 
 
-def rich_tables(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[Any]:
+def rich_tables(
+    table: Mapping[str, Mapping[str, Mapping[str, float]]],
+    samples: Mapping[str, Mapping[str, Mapping[str, int]]],
+) -> list[Any]:
     """The means for the terminal, one table for each domain that fits 80 columns; the best value is bold."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Column, Table
@@ -306,7 +366,9 @@ def rich_tables(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[
 
     shown = []
     for domain in next(iter(table.values())):
-        page = metric_table({condition: {domain: row[domain]} for condition, row in table.items()}, {})
+        page = metric_table(
+            {condition: {domain: row[domain]} for condition, row in table.items()}, {}, samples
+        )
         first = Column("condition", min_width=max(map(len, table)))
         one = Table(first, title=page.domains[0][0], title_justify="left", box=SIMPLE_HEAD)
         for name in page.columns:

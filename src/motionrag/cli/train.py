@@ -280,8 +280,9 @@ def _inputs(cfg: DictConfig, db: RetrievalDatabase | None) -> dict[str, str | Pa
 def wandb_logger(save_dir: str, resume: str | bool | None = None, **options: Any) -> WandbLogger | None:
     """A W&B logger that needs no login: online only for users who are logged in; WANDB_MODE has the last word.
 
-    The run is named after its folder, which keeps its id: continued with `resume`, it stays one run. Where the server
-    cannot be reached the run is kept offline, and where W&B is not installed there is no logger; both say so.
+    The run is named after its folder, which keeps its id: continued with `resume`, or given an `id` again, it stays one
+    run. Where the server cannot be reached the run is kept offline, and where W&B is not installed there is no logger;
+    both say so.
     """
     try:
         import wandb
@@ -298,7 +299,9 @@ def wandb_logger(save_dir: str, resume: str | bool | None = None, **options: Any
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
     os.environ["WANDB_MODE"] = mode
     kept = Path(save_dir) / "wandb.id"
-    if resume and kept.is_file():
+    if "id" in options:
+        options["resume"] = "allow"
+    elif resume and kept.is_file():
         options |= {"id": kept.read_text().strip(), "resume": "allow"}
     elif launch.rank() == 0:
         options["id"] = secrets.token_hex(4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def workspace(cfg: DictConfig) -> dict[str, Any]:
 def log(folder: Path, cfg: DictConfig) -> str:
     """Log one evaluation's folder as a run; its address, or the folder of an offline run.
 
-    Summary: CONDITION/DOMAIN/METRIC. Table `clips`: a row for each kept clip, a column for each condition.
+    Logged again, it stays that run. Summary: CONDITION/DOMAIN/METRIC. Table `clips`: a row for each kept clip, a column
+    for each condition.
     """
     import wandb
 
@@ -78,12 +80,15 @@ def log(folder: Path, cfg: DictConfig) -> str:
     result, clips = read_json(folder / "metrics.json"), read_json(folder / "clips.json")
     provenance = folder / "provenance.json"
     ran = read_json(provenance)["config"] if provenance.is_file() else {}
+    group = cfg.group or ran.get("name") or ran.get("protocol") or folder.resolve().parent.name
+    # the same folder is the same run, however often it is logged, but in another group another one
+    run_id = hashlib.sha256(f"{group}/{folder.resolve()}".encode()).hexdigest()[:8]
     logger = wandb_logger(
-        str(folder), project=cfg.project, entity=cfg.entity, job_type="evaluate", tags=list(cfg.tags),
-        group=cfg.group or ran.get("name") or ran.get("protocol") or folder.resolve().parent.name,
+        str(folder), project=cfg.project, entity=cfg.entity, job_type="evaluate", tags=list(cfg.tags), group=group,
+        id=run_id,
     )  # fmt: skip
     done = logger.experiment
-    done.config.update({**ran, **result["settings"]})
+    done.config.update({**ran, **result["settings"]}, allow_val_change=True)
     for condition, domains in result["conditions"].items():
         for domain, metrics in domains.items():
             done.summary.update({f"{condition}/{domain}/{name}": value for name, value in metrics.items()})
@@ -100,7 +105,12 @@ def log(folder: Path, cfg: DictConfig) -> str:
             *(video(clip["outputs"].get(name)) for name in names), video(clip["truth"]),
         )  # fmt: skip
     done.log({"clips": table})
-    log_inputs(done, {"database": ran.get("db"), **(ran.get("weights") or {})})
+    databases = ran.get("db") or []
+    databases = databases if isinstance(databases, list) else [databases]
+    roles = {"database" if not i else f"database {i + 1}": db for i, db in enumerate(databases)}
+    log_inputs(
+        done, roles | {part: file for part, file in (ran.get("weights") or {}).items() if part != "folder"}
+    )
     where = done.dir if done.offline else done.url
     done.finish()
     return str(Path(where).parent if done.offline else where)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from motionrag.backbones.base import Backbone
 from motionrag.errors import MotionRAGError
 from motionrag.evaluation.split import TestClips
 from motionrag.generate import MotionRAG
@@ -19,7 +20,9 @@ from motionrag.modules.fusion import Fusion, fuse_references
 from motionrag.retrieval.database import RetrievalDatabase, Where
 from motionrag.retrieval.retrievers import Query, RandomRetriever, Retriever
 
-CONDITIONS = ("backbone", "motionrag", "mean", "fusion", "random", "oracle", "known_only", "still")
+CONDITIONS = (
+    "backbone", "finetuned", "motionrag", "mean", "fusion", "random", "oracle", "known_only", "still",
+)  # fmt: skip
 #: Of reference clips: the nearest first, the farthest first, or as a number made of the test clip's id shuffles them.
 ORDERS = ("nearest", "farthest", "random")
 #: Stages whose time is kept; a condition's seconds per clip are the sum of those it goes through.
@@ -122,14 +125,21 @@ class Generation:
     What conditions and seeds share (contexts, references, their tokens, what CAMA makes of them) is computed when
     first needed and kept. Its time is charged to every condition that uses it, as if each had computed it.
 
-    fusion: how the condition of that name merges the references' features. steps, guidance, motion_scale: see
-    `MotionRAG.generate`.
+    fusion: how the condition of that name merges the references' features. finetuned: the backbone of the condition of
+    that name; it gets the contexts of the model's own. steps, guidance, motion_scale: see `MotionRAG.generate`.
     """
 
     def __init__(
-        self, model: MotionRAG, find: References, clips: TestClips, fusion: Fusion = "mean", **sampling: float
+        self,
+        model: MotionRAG,
+        find: References,
+        clips: TestClips,
+        fusion: Fusion = "mean",
+        finetuned: Backbone | None = None,
+        **sampling: float,
     ):
         self.model, self.find, self.clips, self.fusion, self.sampling = model, find, clips, fusion, sampling
+        self.finetuned = finetuned
         self.image = clips.truth[:, 0]
         self._kept: dict[tuple, tuple[Any, float]] = {}
 
@@ -141,6 +151,13 @@ class Generation:
         contexts, seconds["context"] = self._once(
             ("context",), lambda: self.model.encode_contexts(self.clips.captions, self.image)
         )
+        seeds = [clip_seed(seed, clip_id) for clip_id in self.clips.ids]
+        if condition == "finetuned":
+            sampling = {key: value for key, value in self.sampling.items() if key != "motion_scale"}
+            video, seconds["sampling"] = self._timed(
+                lambda: self.finetuned.sample(self.image, *contexts, seeds=seeds, **sampling).cpu()
+            )
+            return video, seconds
         tokens = None
         if condition != "backbone":
             tokens, seconds["cama"] = self._tokens(condition, seed)
@@ -148,10 +165,9 @@ class Generation:
             seconds["retrieval"] = self._references(condition, seed)[1]
         video, seconds["sampling"] = self._timed(
             lambda: self.model.generate(
-                self.image, self.clips.captions, tokens, contexts=contexts,
-                seeds=[clip_seed(seed, clip_id) for clip_id in self.clips.ids], **self.sampling,
+                self.image, self.clips.captions, tokens, contexts=contexts, seeds=seeds, **self.sampling
             )
-        )  # fmt: skip
+        )
         return video, seconds
 
     def tokens(self, condition: str, seed: int) -> Tensor:
@@ -213,12 +229,16 @@ class Generation:
         return value, (time.perf_counter() - start) / len(self.clips.records)
 
 
-def warm_up(
-    model: MotionRAG, find: References, clips: TestClips, conditions: Collection[str], **sampling: float
-) -> None:
-    """Do once what is only needed once (index, encoders' first call, null tokens), so that it is not timed."""
-    first = TestClips(clips.domain, clips.records[:1], clips.truth[:1])
-    generation = Generation(model, find, first, **sampling | {"steps": min(1, sampling["steps"])})
+def warm_up(generation: Generation, conditions: Collection[str]) -> None:
+    """Do once what is only needed once (index, encoders' first call, null tokens), so that it is not timed.
+
+    generation: of the first clips, one of which goes through a single step of the conditions that are timed.
+    """
+    clips, sampling = generation.clips, generation.sampling
+    first = Generation(
+        generation.model, generation.find, TestClips(clips.domain, clips.records[:1], clips.truth[:1]),
+        finetuned=generation.finetuned, **sampling | {"steps": min(1, sampling["steps"])},
+    )  # fmt: skip
     for condition in conditions:
-        if condition in ("backbone", "motionrag"):
-            generation.video(condition, 0)
+        if condition in ("backbone", "finetuned", "motionrag"):
+            first.video(condition, 0)

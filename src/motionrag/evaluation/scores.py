@@ -16,6 +16,7 @@ from motionrag.errors import MotionRAGError
 from motionrag.metrics.batch import ClipBatch
 from motionrag.metrics.bootstrap import Interval, difference, interval
 from motionrag.metrics.clip_metric import ClipMetric
+from motionrag.metrics.frechet_distance import FrechetDistance
 from motionrag.metrics.per_clip import PerClipMetric
 
 T = TypeVar("T")
@@ -185,10 +186,21 @@ class Scores:
                 row[name] = {"seeds": values}
                 if len(values) > 1:
                     row[name]["standard_deviation"] = statistics.stdev(values)
-                row[name] |= self._interval(
-                    name, interval, [found], self.resamples if resamples is None else 0
-                )
+                if len(self._clips[condition, domain]) > 1:
+                    row[name] |= self._interval(
+                        name, interval, [found], self.resamples if resamples is None else 0
+                    )
         return self.left(out)
+
+    def samples(self) -> dict[str, dict[str, dict[str, int]]]:
+        """domain -> metric of a whole set -> `samples`, in each of its two sets, and `features`, the width of each."""
+        out: dict[str, dict[str, dict[str, int]]] = {}
+        for (_, domain, _), cell in self._cells.items():
+            for name in self.metrics.names:
+                if isinstance(cell[name], FrechetDistance):
+                    found = {"samples": min(cell[name].counts), "features": cell[name].num_features}
+                    out.setdefault(domain, {})[name] = found
+        return out
 
     def left(self, found: Mapping[str, Mapping[str, Mapping[str, T]]]) -> dict[str, dict[str, dict[str, T]]]:
         """condition -> domain -> metric -> value, without the metrics that have failed, maybe since it was made."""
@@ -212,7 +224,8 @@ class Scores:
                 for name in self.metrics.names:
                     pair = [self._over_seeds(c, domain, name) for c in (condition, first)]
                     row[name] = {"value": table[condition][domain][name] - table[first][domain][name]}
-                    row[name] |= self._interval(name, difference, pair, self.resamples)
+                    if len(self._clips[condition, domain]) > 1:
+                        row[name] |= self._interval(name, difference, pair, self.resamples)
         return out
 
     def _interval(
@@ -222,7 +235,7 @@ class Scores:
         metrics: Sequence[Sequence[ClipMetric]],
         resamples: int,
     ) -> dict[str, list[float]]:
-        if not resamples or len(metrics[0][0].statistic()[0]) < 2:
+        if not resamples:
             return {}
         found = self.metrics.attempt(
             name, lambda: bootstrap(*(OverSeeds(each) for each in metrics), resamples=resamples)

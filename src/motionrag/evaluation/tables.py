@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from motionrag.io import write_json, write_text
-from motionrag.page import LABELS, METRICS
+from motionrag.page import LABELS, METRICS, sample_counts
 
 #: Stages that only a condition with retrieval goes through, and how the paper's table calls them.
 OVERHEAD = {"retrieval": "retrieval", "cama": "CAMA"}
@@ -31,7 +31,8 @@ class PaperTable:
     """The lines of one domain.
 
     overhead: seconds per clip of retrieval, CAMA (look-up of tokens, Resampler, CAMA) and adapter (time of sampling
-    with motion tokens minus without), their sum being the difference in `seconds_per_clip`; empty without them.
+    with motion tokens minus without), their sum being the difference in `seconds_per_clip`; empty without them. samples:
+    metric of a whole set -> `samples`, in each of its two sets, and `features`, the width of each.
     """
 
     domain: str
@@ -40,6 +41,7 @@ class PaperTable:
     columns: list[str]
     rows: list[Row]
     overhead: dict[str, float]
+    samples: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def cell(self, row: Row, metric: str) -> str:
         """A number as it is printed, with its deviation and interval."""
@@ -60,9 +62,10 @@ class PaperTable:
         return _number(row.intervals[metric][which], metric) if metric in row.intervals else ""
 
     def caption(self) -> str:
-        """Domain, clips and seeds."""
+        """Domain, clips, seeds, and what metrics of a whole set stand on."""
         seeds = f", {self.seeds} seeds" if self.seeds > 1 else ""
-        return f"{LABELS.get(self.domain, self.domain)}, {self.clips} clips{seeds}"
+        counts = sample_counts({name: self.samples[name] for name in self.columns if name in self.samples})
+        return f"{LABELS.get(self.domain, self.domain)}, {self.clips} clips{seeds}{counts}"
 
     def overhead_line(self) -> str:
         """What retrieval costs, in a sentence."""
@@ -97,6 +100,7 @@ def paper_tables(
                 columns=[name for name in columns if any(name in row.values for row in rows)],
                 rows=rows,
                 overhead=_overhead(result, first, second, domain),
+                samples=result.get("samples", {}).get(domain, {}),
             )
         )
     return tables
@@ -130,7 +134,13 @@ def write_tables(out: Path, tables: Sequence[PaperTable]) -> None:
     write_json(
         out / "table.json",
         [
-            {"domain": t.domain, "clips": t.clips, "seeds": t.seeds, "overhead_seconds": t.overhead}
+            {
+                "domain": t.domain,
+                "clips": t.clips,
+                "seeds": t.seeds,
+                "overhead_seconds": t.overhead,
+                "samples": t.samples,
+            }
             | {"rows": {row.name: {name: row.values.get(name) for name in t.columns} for row in t.rows}}
             for t in tables
         ],
