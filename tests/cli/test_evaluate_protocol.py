@@ -11,6 +11,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 
 from motionrag import cli
 from motionrag.cli.evaluate import changes
@@ -87,15 +88,21 @@ def test_protocols_compose_and_fix_what_makes_numbers_comparable(name):
             assert (cfg.steps, cfg.guidance) == sampling
 
 
-def test_a_release_brings_backbone_and_weights_to_a_protocol(tmp_path):
+def test_a_release_brings_backbone_and_weights_to_a_protocol(tmp_path, monkeypatch):
     (tmp_path / "release").mkdir()
-    text = "# @package _global_\ndefaults: [override /backbone: svd]\nweights: {adapter: x}\nsteps: 25\n"
+    text = "# @package _global_\ndefaults: [override /backbone: svd]\nweights: {adapter: x}\n"
+    text += "backbone: {min_guidance: 2}\ncama: {depth: 7}\n"
     (tmp_path / "release/svd.yaml").write_text(text)
     words = [f"hydra.searchpath=['file://{tmp_path}']", "+release=svd", "protocol=openvid1k"]
     with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf_dir())):
         cfg = compose("evaluate", overrides=words)
         assert cfg.backbone.name == "svd" and cfg.weights.adapter == "x" and cfg.guidance == 3.0
+        running = HydraConfig()  # as inside `motionrag evaluate`
+        running.set_config(compose("evaluate", overrides=words, return_hydra_config=True))
+        monkeypatch.setattr(HydraConfig, "instance", lambda: running)
         assert changes(cfg) == []
+        (note,) = changes(compose("evaluate", overrides=[*words, "backbone.min_guidance=1", "cama.depth=6"]))
+        assert note == "not the protocol openvid1k: changed backbone.min_guidance=1, cama.depth=6"
 
 
 def test_a_changed_protocol_says_so():
@@ -105,9 +112,33 @@ def test_a_changed_protocol_says_so():
         changed = ["shards=mine", "retriever=image", "steps=7", "seeds=[4]", "metrics=[fvd]"]
         cfg = compose("evaluate", overrides=[*words, *changed])
         assert changes(cfg) == [
-            "not the protocol openvid1k: changed shards=mine, "
-            "retriever=motionrag.retrieval.retrievers.ImageRetriever, steps=7, seeds=4, metrics=fvd"
+            "not the protocol openvid1k: changed metrics=fvd, "
+            "retriever=motionrag.retrieval.retrievers.ImageRetriever, seeds=4, shards=mine, steps=7"
         ]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("backbone.sampler=dpm", "backbone.sampler=dpm"),
+        ("backbone.fps=12", "backbone.fps=12"),
+        ("backbone.frames=5", "backbone.frames=5"),
+        ("backbone=svd_tiny", "backbone=motionrag.backbones.svd.SVD.tiny"),
+        ("encoders.motion.path=other", "encoders.motion.path=other"),
+        ("metrics.fvd.num_features=9", "metrics.fvd.num_features=9"),
+        ("fusion=top1", "fusion=top1"),
+        ("make=[]", "make="),
+        ("~cama", "cama=None"),
+        ("motion_adapter=reference", "motion_adapter.zero_init=False"),
+        ("backbone.path=mine", None),
+        ("weights.adapter=mine", None),
+        ("batch_size=1", None),
+    ],
+)
+def test_whatever_changes_a_protocols_numbers_is_said(word, said):
+    with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf_dir())):
+        notes = changes(compose("evaluate", overrides=["protocol=motionworld", word]))
+    assert notes == ([f"not the protocol motionworld: changed {said}"] if said else [])
 
 
 @pytest.mark.parametrize(
@@ -169,6 +200,11 @@ def test_seeds_table_and_vbench(run, world, random_models, tmp_path):
         row = result["conditions"][condition][domain]
         assert row["seconds_per_clip"] == pytest.approx(sum(seconds.values()))
     assert result["settings"]["seeds"] == [0, 1]
+    few = {"samples": 2, "features": 96}
+    assert result["samples"] == {domain: {"fvd": few} for domain in ("known", "new")}
+    assert "FVD: 2 samples, fewer than the 96 features" in " ".join(result["notes"])
+    assert "2 clips, 2 seeds, FVD of 2 samples" in (tmp_path / "scores/table.md").read_text()
+    assert "FVD of 2 samples" in re.sub(r"\s+", " ", out)
 
     with open("scores/per_clip.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))

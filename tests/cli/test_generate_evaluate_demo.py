@@ -250,7 +250,7 @@ def test_evaluate(run, tmp_path, world):
 
 
 def test_a_limit_is_per_domain(run, tmp_path):
-    words = ["conditions=[still]", "limit=1", "metrics=[action_score_tiny]", "save_clips=1"]
+    words = ["conditions=[still]", "limit=1", "metrics=[action_score_tiny,fid_tiny]", "save_clips=1"]
     assert run("evaluate", *EVALUATE, *words, "out=scores")[0] == 0
     metrics = json.loads((tmp_path / "scores/metrics.json").read_text())
     assert {domain: values["n"] for domain, values in metrics["conditions"]["still"].items()} == {
@@ -263,10 +263,16 @@ def test_a_limit_is_per_domain(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["conditions=[backbone,magic]"], "unknown ['magic']; choose from backbone, motionrag"),
-        (["conditions=[]"], "choose from backbone, motionrag"),
+        (["conditions=[backbone,magic]"], "unknown ['magic']; choose from backbone, finetuned"),
+        (["conditions=[]"], "choose from backbone, finetuned"),
         (["fusion=sum"], "fusion=sum: choose from mean, weight, concat, top1"),
         (["k=8"], "k=8 is more than the database db has: 7 clips"),
+        (["conditions=[finetuned]", "weights.finetuned=null"], "needs weights.finetuned=FILE"),
+        (["conditions=[finetuned]", "weights.finetuned=gone.safetensors"], "gone.safetensors"),
+        (
+            ["conditions=[finetuned]", "weights.finetuned=pkg:tiny/cama.safetensors"],
+            "does not fit this backbone",
+        ),
         (["k=7", "conditions=[backbone,known_only]"], "of them excluded); lower k"),
         (["shards=gone"], "gone"),
         (["db=shards"], "db=shards"),

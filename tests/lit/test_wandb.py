@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,7 @@ def test_the_workspace_is_in_the_repository(offline, tmp_path, monkeypatch, caps
 
 
 def test_an_evaluation(offline, tmp_path, database, capsys):
+    other = shutil.copytree(database, tmp_path / "other")
     folder = tmp_path / "depth" / "k=3"
     folder.mkdir(parents=True)
     write_mp4(folder / "a.mp4", np.zeros((4, 32, 32, 3), np.uint8), 8)
@@ -165,7 +167,9 @@ def test_an_evaluation(offline, tmp_path, database, capsys):
     files = {
         "metrics": {"conditions": conditions, "settings": {"k": 3}},
         "clips": [clip],
-        "provenance": {"config": {"db": str(database), "weights": {"cama": None}, "protocol": None}},
+        "provenance": {
+            "config": {"db": [str(database), str(other)], "weights": {"cama": None, "folder": str(tmp_path)}}
+        },
     }
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -173,7 +177,8 @@ def test_an_evaluation(offline, tmp_path, database, capsys):
     kept = offline(folder)
     (run,) = kept["run"]
     assert (run["run_group"], run["job_type"], run["tags"]) == ("depth", "evaluate", ["paper"])
-    assert updates(kept["config"])["k"] == 3 and "database" in updates(kept["config"])["inputs"]
+    assert updates(kept["config"])["k"] == 3
+    assert list(updates(kept["config"])["inputs"]) == ["database", "database 2"]
     assert updates(kept["summary"])["motionrag/new/action_score"] == 21
     files = {file["path"]: file["local_path"] for file in kept["artifact"][0]["manifest"]["contents"]}
     table = json.loads(Path(files["clips.table.json"]).read_text())
@@ -188,5 +193,9 @@ def test_an_evaluation(offline, tmp_path, database, capsys):
         "truth",
     ]
     assert [cell["_type"] for cell in table["data"][0][3:]] == ["image-file", *["video-file"] * 4]
+    for group in ("depth", "other"):  # the same run again; of another group, another one
+        assert cli.main(["wandb", "log", str(folder), f"group={group}", "hydra.run.dir=run"]) == 0
+    runs = [path.name.rpartition("-")[2] for path in folder.glob("wandb/offline-run-*")]
+    assert len(runs) == 3 and len(set(runs)) == 2
     assert cli.main(["wandb", "log", str(tmp_path), "hydra.run.dir=run"]) == 2
     assert "is no evaluation: expected metrics.json" in capsys.readouterr().err

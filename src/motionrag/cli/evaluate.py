@@ -253,11 +253,10 @@ def changes(cfg: DictConfig) -> list[str]:
     from hydra import compose
     from hydra.core.hydra_config import HydraConfig
 
-    chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     words = [f"protocol={cfg.protocol}"]
-    if cfg.backbone.get("name") in cfg.get("sampling", ()) and "backbone" in chosen:
-        words.append(f"backbone={chosen['backbone']}")  # one of those that the protocol has settings for
-    if "release" in chosen:
+    if (name := cfg.backbone.get("name")) in cfg.get("sampling", ()):
+        words.append(f"backbone={name}")  # one of those that the protocol has settings for
+    if HydraConfig.initialized() and "release" in (chosen := HydraConfig.get().runtime.choices):
         words.append(f"+release={chosen['release']}")
     mine, theirs = (
         OmegaConf.to_container(each, resolve=True) for each in (cfg, compose("evaluate", overrides=words))
