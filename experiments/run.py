@@ -5,8 +5,9 @@ is a list of overrides of `motionrag evaluate` that leave one condition, and ove
 a database of another size (ARM: {db_clips: N}). Where arms need weights
 of their own, `trainings` names overrides of `motionrag train` (after those of `common_training`), and `trained:NAME`
 stands for the weights file that this left. Every arm runs with all seeds, on the same test clips and the same noise.
-`gate` names an arm that the baseline has to beat before any other arm is run (a backbone is competent if it is better
-than its first frame, standing still).
+An experiment of another kind names a `script` of its own instead.
+`gate` names an arm that the baseline has to beat before anything is trained or compared (a backbone is competent if it
+is better than its first frame, standing still).
 
 Every arm and training is a run of the command line, `motionrag evaluate ...` or `motionrag train ...`, in a folder of
 outputs/experiments with all that such a run leaves (config, provenance, clips, logs). The folder's name is made of the
@@ -280,23 +281,32 @@ def main(name: str, show: bool) -> None:
         known = sorted(p.parent.name for p in HERE.glob("*/experiment.yaml"))
         raise MotionRAGError(f"NAME={name}: no such experiment; choose from {', '.join(known)}")
     spec = OmegaConf.to_container(OmegaConf.load(folder / "experiment.yaml"))
+    if "script" in spec:
+        command = [sys.executable, str(folder / spec["script"]), *(["--show"] if show else [])]
+        raise SystemExit(subprocess.run(command).returncode)
     if show:
         results = json.loads((folder / "results.json").read_text())
         write(folder, results | {"question": spec["question"], "conclusion": spec["conclusion"]})
         return
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         weights, trainings, folders = {}, {}, {}
+
+        def evaluate(arm: str, overrides: list[str]) -> None:
+            place = spec["world"] | spec.get("worlds", {}).get(arm, {})
+            folders[arm] = run_arm(place, [*overrides, f"seeds={spec['seeds']}"])
+
+        if "gate" in spec:  # before anything is trained, so without it
+            for arm in (spec["baseline"], spec["gate"]):
+                words = [*spec["common"], *spec["arms"][arm]]
+                evaluate(arm, [word for word in words if "trained:" not in word])
+            check_gate(summarise(folders, spec["baseline"]), spec["baseline"], spec["gate"])
         for training, overrides in spec.get("trainings", {}).items():
             weights[training], trainings[training] = train(
                 with_weights([*spec.get("common_training", []), *overrides], weights), name
             )
-        first = [arm for arm in (spec["baseline"], spec.get("gate")) if arm]
-        for arm in [*first, *(arm for arm in spec["arms"] if arm not in first)]:
-            overrides = with_weights([*spec["common"], *spec["arms"][arm]], weights)
-            place = spec["world"] | spec.get("worlds", {}).get(arm, {})
-            folders[arm] = run_arm(place, [*overrides, f"seeds={spec['seeds']}"])
-            if arm == spec.get("gate"):
-                check_gate(summarise(folders, spec["baseline"]), spec["baseline"], arm)
+        for arm, overrides in spec["arms"].items():
+            if arm not in folders:
+                evaluate(arm, with_weights([*spec["common"], *overrides], weights))
         folders = {arm: folders[arm] for arm in spec["arms"]}
         table = summarise(folders, spec["baseline"])
         if any(math.isnan(v["mean"]) for d in table.values() for m in d.values() for v in m.values()):

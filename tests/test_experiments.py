@@ -1,5 +1,7 @@
 """What `make experiment NAME=...` would run is understood before it has trained for an hour."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,9 +11,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from motionrag.cli import conf_dir
+from motionrag.errors import MotionRAGError
 from motionrag.evaluation.conditions import CONDITIONS
 
-EXPERIMENTS = sorted(Path(__file__).parents[1].glob("experiments/*/experiment.yaml"))
+ALL = sorted(Path(__file__).parents[1].glob("experiments/*/experiment.yaml"))
+EXPERIMENTS = [file for file in ALL if "script" not in OmegaConf.load(file)]
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +67,54 @@ def test_an_arms_own_word_counts(run):
     )
     with pytest.raises(KeyError):
         run.with_weights(["weights.cama=trained:c"], weights)
+
+
+@pytest.mark.parametrize("file", ALL, ids=lambda file: file.parent.name)
+def test_what_lies_there_is_what_the_yaml_says(file):
+    folder, spec = file.parent, OmegaConf.to_container(OmegaConf.load(file))
+    results, table = json.loads((folder / "results.json").read_text()), (folder / "table.md").read_text()
+    assert results["spec"] | {"conclusion": ""} == spec | {"conclusion": ""}  # words may be mended afterwards
+    assert (results["question"], results["conclusion"]) == (spec["question"], spec["conclusion"])
+    assert spec["question"] in table and spec["conclusion"] in table and (folder / "plot.png").is_file()
+    for said in (f"`make experiment NAME={folder.name}`", f"{results['seconds']} s", "seed", "commit"):
+        assert said in table, said
+
+
+def test_a_table_is_made_of_results(run):
+    folder = EXPERIMENTS[0].parent
+    results = json.loads((folder / "results.json").read_text())
+    assert run.markdown(results) in (folder / "table.md").read_text()
+
+
+def test_a_run_is_named_by_all_that_it_reads(run, tmp_path):
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(b"one")
+    words = [f"weights.adapter={file}", "k=9"]
+    first = run.recipe_key(words)
+    assert run.recipe_key(words) == first != run.recipe_key(words, {"db_clips": 9})
+    moved = file.rename(tmp_path / "moved.safetensors")
+    assert run.recipe_key([f"weights.adapter={moved}", "k=9"]) == first
+    moved.write_bytes(b"two")
+    assert run.recipe_key([f"weights.adapter={moved}", "k=9"]) != first
+
+
+def test_an_incompetent_backbone_stops_an_experiment(run):
+    def domain(score, error):
+        return {"action_score": {"mean": score}, "trajectory_error": {"mean": error}}
+
+    table = {"backbone": {"known": domain(30.0, 3.0), "new": domain(9.0, 6.0)}, "still": {}}
+    table["still"] = {"known": domain(2.0, 5.0), "new": domain(-4.0, 6.5)}
+    run.check_gate(table, "backbone", "still")
+    table["still"]["new"] = domain(-4.0, 5.9)
+    with pytest.raises(
+        MotionRAGError, match="no better than still on new motions .path error, px 6.00 against 5.90"
+    ):
+        run.check_gate(table, "backbone", "still")
+
+
+def test_no_such_experiment(root):
+    done = subprocess.run(
+        [sys.executable, "experiments/run.py", "none"], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: NAME=none: no such experiment; choose from adapter, benchmark")

@@ -1,16 +1,15 @@
 """Train a tiny SVD on MotionWorld, then a motion adapter with either query, all else equal, and compare the two.
 
-    OMP_NUM_THREADS=1 python experiments/svd_query/compare.py           # about 25 min on one core
-    OMP_NUM_THREADS=1 python experiments/svd_query/compare.py --smoke   # a minute: does it run
-
-SVD's spatial cross-attention reads a single image token, so its output is one constant for a clip, and so is the motion
-that an adapter asks for with it (query=output, the published code); query=hidden lets every place ask for its own.
+    make experiment NAME=svd_query                      # 25 to 45 min on one core
+    python experiments/svd_query/compare.py --smoke     # a minute: does it run
+    python experiments/svd_query/compare.py --show      # nothing is run: table and plot from results.json
 
 1. autoencoder and UNet (`SVD.tiny`, a thinner autoencoder) on rendered clips; the image encoder stays random
 2. Stage 1 for each query: `motionrag train experiment=tiny_adapter`, same seeds, clips, noise and number of steps
 3. `motionrag evaluate` on held-out clips, the true clip's motion as reference (oracle), against the bare backbone
 
-Parts that are done are kept in outputs/svd_query and not made again. Written beside this file: results.json, table.md.
+Parts that are done are kept in outputs/svd_query and not made again. Written beside this file: results.json, table.md,
+plot.png.
 """
 
 import argparse
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
 from hydra import initialize_config_dir
+from omegaconf import OmegaConf
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 HERE = Path(__file__).parent
@@ -129,7 +129,12 @@ def main():
     parser.add_argument("--steps", type=int, default=250, help="of Stage 1, for each query")
     parser.add_argument("--test-clips", type=int, default=64)
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--show", action="store_true", help="run nothing: table and plot from results.json")
     args = parser.parse_args()
+    spec = OmegaConf.to_container(OmegaConf.load(HERE / "experiment.yaml"))
+    words = {key: spec[key] for key in ("question", "conclusion")}
+    if args.show:
+        return write(HERE, json.loads((HERE / "results.json").read_text()) | words | {"spec": spec})
     if args.smoke:
         args.clips, args.vae_steps, args.unet_steps, args.steps, args.test_clips = 24, 3, 3, 2, 4
     args.sizes = {"frames": 9, "height": 32, "width": 32, "name": "svd_motionworld"}
@@ -170,23 +175,50 @@ def main():
             },
             **{name: {m: scores[name]["known"][m] for m in METRICS} for name in scores},
         }
-    about = {
-        "question": "SVD's single-token sites: whose state should ask for motion, the attention's output or its input?",
-        "command": " ".join(["python experiments/svd_query/compare.py", *sys.argv[1:]]),
+    about = words | {
+        "command": "make experiment NAME=svd_query",
+        "spec": spec,
         "settings": dict(vars(args)) | {"threads": torch.get_num_threads()},
         "backbone": json.loads((root / "backbone/done.json").read_text()),
         "commit": (git_state(HERE.parents[1]) or {}).get("commit", "unknown"),
         "seconds": round(time.time() - start),
     }
-    place = root if args.smoke else HERE
-    write_json(place / "results.json", about | {"arms": arms})
-    write_text(place / "table.md", table_of(about, arms))
-    print((place / "table.md").read_text())
+    write(root if args.smoke else HERE, about | {"arms": arms})
 
 
-def table_of(about, arms):
+def write(folder, results):
+    """results.json, table.md and plot.png in `folder`."""
+    write_json(folder / "results.json", results)
+    write_text(folder / "table.md", table_of(results))
+    bare = next(iter(results["arms"].values()))["backbone"]
+    bars = {"no adapter": bare} | {query: arm["oracle"] for query, arm in results["arms"].items()}
+    figure, axes = figure_of(len(METRICS))
+    for axis, (metric, heading) in zip(axes, METRICS.items(), strict=True):
+        axis.bar(list(bars), [each[metric] for each in bars.values()], color="#4477aa")
+        axis.set_title(heading, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(folder / "plot.png", dpi=110)
+    print(table_of(results))
+
+
+def figure_of(columns):
+    """A figure without a screen, and its axes side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(1, columns, figsize=(10, 2.8))
+
+
+def table_of(results):
     """Markdown: a row for the bare backbone and one for each query with the true clip's motion."""
-    lines = [f"# svd_query\n\n{about['question']}\n", f"`{about['command']}`, {about['seconds']} s.\n"]
+    settings, arms = results["settings"], results["arms"]
+    lines = [f"# svd_query\n\n{results['question']}\n\n{results['conclusion']}\n"]
+    lines.append(
+        f"`{results['command']}`: seed {settings['seed']}, {settings['test_clips']} test clips of known motions, "
+        f"{settings['steps']} steps of Stage 1 each, {results['seconds']} s in all, commit {results['commit'][:7]}.\n"
+    )
     lines.append(
         "| query | loss with the clip's motion | with the zero clip's | "
         + " | ".join(METRICS.values())
@@ -200,9 +232,7 @@ def table_of(about, arms):
         lines.append(
             f"| {query} | {losses} | " + " | ".join(f"{arm['oracle'][m]:.2f}" for m in METRICS) + " |"
         )
-    lines.append(
-        "\nThe true clip's own motion as reference; one seed. Losses are of the same clips and noise.\n"
-    )
+    lines.append("\nThe true clip's own motion as reference. Losses are of the same clips and noise.\n")
     return "\n".join(lines)
 
 
