@@ -275,7 +275,7 @@ def plot(path: Path, table: dict[str, Any]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main(name: str, show: bool) -> None:
+def main(name: str, show: bool, arm: str | None = None) -> None:
     folder = HERE / name
     if not (folder / "experiment.yaml").is_file():
         known = sorted(p.parent.name for p in HERE.glob("*/experiment.yaml"))
@@ -288,6 +288,8 @@ def main(name: str, show: bool) -> None:
         results = json.loads((folder / "results.json").read_text())
         write(folder, results | {"question": spec["question"], "conclusion": spec["conclusion"]})
         return
+    if arm:
+        return check(folder, spec, arm)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         weights, trainings, folders = {}, {}, {}
 
@@ -329,6 +331,29 @@ def main(name: str, show: bool) -> None:
             print(logged["summary"].partition(":")[0], f"in W&B's group {name}")
 
 
+def check(folder: Path, spec: dict[str, Any], arm: str) -> None:
+    """Run one arm without trained weights again; raises MotionRAGError unless its numbers are those of results.json."""
+    if arm not in spec["arms"] or "trained:" in " ".join([*spec["common"], *spec["arms"][arm]]):
+        able = [
+            a for a, words in spec["arms"].items() if "trained:" not in " ".join([*spec["common"], *words])
+        ]
+        raise MotionRAGError(
+            f"--check {arm}: choose an arm that needs no training: {', '.join(able) or 'none'}"
+        )
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        place = spec["world"] | spec.get("worlds", {}).get(arm, {})
+        again = run_arm(place, [*spec["common"], *spec["arms"][arm], f"seeds={spec['seeds']}"])
+    results = json.loads((folder / "results.json").read_text())["arms"][arm]
+    rows = []
+    for domain, metrics in summarise({arm: again}, arm)[arm].items():
+        for metric, found in metrics.items():
+            rows.append((domain, metric, results[domain][metric]["mean"], found["mean"]))
+    for row in rows:
+        print("{}, {}: {:.6f} there, {:.6f} again".format(*row))
+    if worst := [row for row in rows if not math.isclose(row[2], row[3], rel_tol=1e-3, abs_tol=1e-3)]:
+        raise MotionRAGError(f"{folder.name}, {arm}: {len(worst)} of {len(rows)} numbers differ")
+
+
 def write(folder: Path, results: dict[str, Any]) -> None:
     """results.json, table.md and plot.png in `folder`; the table is printed, too."""
     write_json(folder / "results.json", results)
@@ -344,8 +369,11 @@ if __name__ == "__main__":
     )
     parser.add_argument("name")
     parser.add_argument("--show", action="store_true", help="run nothing: table and plot from results.json")
+    parser.add_argument(
+        "--check", metavar="ARM", help="run one arm again: are its numbers those of results.json?"
+    )
     try:
         arguments = parser.parse_args()
-        main(arguments.name, arguments.show)
+        main(arguments.name, arguments.show, arguments.check)
     except MotionRAGError as error:
         raise SystemExit(f"error: {error}") from None
