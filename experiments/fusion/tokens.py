@@ -4,9 +4,8 @@ Test clips, database and retriever are those of `experiment.yaml` beside this fi
 domain, over the test clips, of the motion tokens less the mean of the database's:
 
 - cosine: with those of the true clip
-- kind: the same within the space spanned by the means of the database's motions: is it the right motion?
-- rest: and outside of it: is it the right one of that motion, its place, size and speed?
-- known_kind: of the part inside, the share of its length in the space of the known motions' means alone
+- right_motion: share whose nearest (by cosine) of the database's motions, each the mean of its clips, is the right one
+- as_known: share whose nearest is a known motion
 """
 
 import sys
@@ -42,23 +41,27 @@ def main() -> None:
     model = build(cfg)
     find = References(db, instantiate(cfg.retriever, db=db), int(cfg.k))
     tokens: dict[str, dict[str, list[torch.Tensor]]] = {}
+    actions: dict[str, list[str]] = {}
     for clips in read_split(str(shards), model.backbone, None, 20):
         generation = Generation(model, find, clips, steps=1, guidance=1.0)
         ways = tokens.setdefault(clips.domain, {})
+        actions.setdefault(clips.domain, []).extend(record["action"] for record in clips.records)
         for name, condition in {"true": "oracle", **WAYS}.items():
             ways.setdefault(name, []).append(generation.tokens(condition, 0).flatten(1))
-    centre, kinds, known = spaces(db, model)
+    centre, motions = means(db, model)
+    names = list(motions)
+    stacked = torch.nn.functional.normalize(torch.stack(list(motions.values())), dim=1)
     found: dict[str, dict[str, dict[str, float]]] = {}
     for domain, ways in tokens.items():
         true = torch.cat(ways["true"]) - centre
         for name in ["true", *WAYS]:
             made = torch.cat(ways[name]) - centre
-            kind, true_kind = made @ kinds @ kinds.T, true @ kinds @ kinds.T
+            nearest = [names[i] for i in (made @ stacked.T).argmax(1).tolist()]
+            right = [n[1] == action for n, action in zip(nearest, actions[domain], strict=True)]
             found.setdefault(name, {})[domain] = {
                 "cosine": torch.cosine_similarity(made, true).mean().item(),
-                "kind": torch.cosine_similarity(kind, true_kind).mean().item(),
-                "rest": torch.cosine_similarity(made - kind, true - true_kind).mean().item(),
-                "known_kind": ((kind @ known).norm(dim=1) / kind.norm(dim=1)).mean().item(),
+                "right_motion": sum(right) / len(right),
+                "as_known": sum(n[0] == "known" for n in nearest) / len(nearest),
             }
     write_json(HERE / "tokens.json", found)
     for name, domains in found.items():
@@ -66,22 +69,17 @@ def main() -> None:
             print(f"{name:>16} {domain:>6}: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items()))
 
 
-def spaces(db: RetrievalDatabase, model: MotionRAG) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The mean of all tokens (D,), and bases (D, n) of what the means of all motions, and of the known ones, span."""
+def means(
+    db: RetrievalDatabase, model: MotionRAG
+) -> tuple[torch.Tensor, dict[tuple[str, str], torch.Tensor]]:
+    """The mean of all tokens (D,), and (domain, motion) -> the mean of its clips' less that."""
     rows: dict[tuple[str, str], list[str]] = {}
     for row in db.ids:
         clip = db.clip(row)
         rows.setdefault((clip["metadata"]["domain"], clip["action"]), []).append(row)
-    means = {
-        motion: model.motion_tokens(db.motion_features(ids)).flatten(1).mean(0)
-        for motion, ids in rows.items()
-    }
-    sizes = torch.tensor([len(ids) for ids in rows.values()], dtype=torch.float32)
-    stacked = torch.stack(list(means.values()))
-    centre = (stacked * sizes[:, None]).sum(0) / sizes.sum()
-    is_known = torch.tensor([domain == "known" for domain, _ in means])
-    bases = (torch.linalg.qr((part - centre).T).Q for part in (stacked, stacked[is_known]))
-    return centre, *bases
+    tokens = {motion: model.motion_tokens(db.motion_features(ids)).flatten(1) for motion, ids in rows.items()}
+    centre = torch.cat(list(tokens.values())).mean(0)
+    return centre, {motion: part.mean(0) - centre for motion, part in tokens.items()}
 
 
 if __name__ == "__main__":

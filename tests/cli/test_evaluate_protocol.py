@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from motionrag import cli
-from motionrag.cli.evaluate import changes
+from motionrag.cli.evaluate import changes, incompetent
 from motionrag.cli.train import make_motionworld
 from motionrag.data.shards import ClipRecord
 from motionrag.data.video import read_clip, write_mp4
@@ -167,6 +167,17 @@ def test_mistakes_before_anything_is_loaded(run, tmp_path, words, message):
     code, _, error = run(*words)
     assert code == 2 and message in error
     assert not (tmp_path / "scores").exists()
+
+
+def test_a_backbone_no_better_than_a_still_image_is_named():
+    still = {"known": {"action_score": 1.0, "trajectory_error": 5.0}, "new": {"action_score": 2.0}}
+    base = {"known": {"action_score": 9.0, "trajectory_error": 5.5}, "new": {"action_score": 2.5}}
+    (note,) = incompetent({"backbone": base, "still": still})
+    assert (
+        "known: the backbone alone is no better than a still image (trajectory_error 5.50 against 5.00)"
+        in note
+    )
+    assert incompetent({"backbone": base}) == incompetent({"still": still}) == []
 
 
 # ---------------------------------------------------------------- the whole way
