@@ -326,7 +326,10 @@ def main(name: str, show: bool, arm: str | None = None) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
         if os.environ.get("WANDB_MODE") != "disabled":
             logged = verb(
-                "wandb", f"what=[log,{','.join(map(str, runs))}]", f"group={name}", f"tags=[{name}]"
+                "wandb",
+                f"what=[log,{','.join(repr(str(run)) for run in runs)}]",
+                f"group={name}",
+                f"tags=[{name}]",
             )
             print(logged["summary"].partition(":")[0], f"in W&B's group {name}")
 

@@ -80,10 +80,12 @@ def test_what_lies_there_is_what_the_yaml_says(file):
         assert said in table, said
 
 
-def test_a_table_is_made_of_results(run):
-    folder = EXPERIMENTS[0].parent
-    results = json.loads((folder / "results.json").read_text())
-    assert run.markdown(results) in (folder / "table.md").read_text()
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.parent.name)
+def test_tables_are_made_of_results_and_gates_were_passed(run, file):
+    results = json.loads((file.parent / "results.json").read_text())
+    assert run.markdown(results) in (file.parent / "table.md").read_text()
+    if gate := results["spec"].get("gate"):
+        run.check_gate(results["arms"], results["spec"]["baseline"], gate)
 
 
 def test_a_run_is_named_by_all_that_it_reads(run, tmp_path):

@@ -36,6 +36,7 @@ from motionrag.io import write_json, write_text  # noqa: E402
 from motionrag.provenance import git_state  # noqa: E402
 
 VAE = TINY_VAE | {"block_out_channels": (32, 32, 32)}
+COMMAND = "make experiment NAME=svd_query"
 QUERIES = ("output", "hidden")
 METRICS = {"action_score": "Action Score", "trajectory_error": "path error, px", "dino_score": "DINO score"}
 
@@ -134,7 +135,9 @@ def main():
     spec = OmegaConf.to_container(OmegaConf.load(HERE / "experiment.yaml"))
     words = {key: spec[key] for key in ("question", "conclusion")}
     if args.show:
-        return write(HERE, json.loads((HERE / "results.json").read_text()) | words | {"spec": spec})
+        return write(
+            HERE, json.loads((HERE / "results.json").read_text()) | words | {"spec": spec, "command": COMMAND}
+        )
     if args.smoke:
         args.clips, args.vae_steps, args.unet_steps, args.steps, args.test_clips = 24, 3, 3, 2, 4
     args.sizes = {"frames": 9, "height": 32, "width": 32, "name": "svd_motionworld"}
@@ -176,7 +179,7 @@ def main():
             **{name: {m: scores[name]["known"][m] for m in METRICS} for name in scores},
         }
     about = words | {
-        "command": "make experiment NAME=svd_query",
+        "command": COMMAND,
         "spec": spec,
         "settings": dict(vars(args)) | {"threads": torch.get_num_threads()},
         "backbone": json.loads((root / "backbone/done.json").read_text()),
