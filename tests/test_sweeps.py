@@ -9,6 +9,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import joblib
@@ -205,6 +207,7 @@ def started(sweep):
     def state(**info) -> str:
         (folder,) = (path for path in sweep.folder.iterdir() if path.is_dir())
         info = {"state": "running", "host": socket.gethostname(), "pid": os.getpid(), "job": None, **info}
+        info.setdefault("born", sweeps._born(os.getpid()))
         (folder / "state.json").write_text(json.dumps(info))
         return sweeps.write_table(sweep.folder)[0]["state"]
 
@@ -226,7 +229,39 @@ def test_a_loss_that_is_not_finite_is_no_value(tmp_path):
 def test_states_of_processes(started):
     assert started() == "running"
     assert started(pid=2**22 + 1) == "stopped"  # above every process id
-    assert started(host="elsewhere", pid=2**22 + 1) == "running"
+    assert started(born="before the machine, or the container, started again") == "stopped"
+
+
+def test_a_point_of_another_machine_that_gives_no_sign_is_dead(started, sweep, capsys):
+    def silent(seconds):
+        started(host="elsewhere", pid=1)
+        os.utime(sweep.folder / "point/state.json", (time.time() - seconds,) * 2)
+        return sweeps.write_table(sweep.folder)[0]
+
+    assert silent(sweeps.SILENT - 60)["state"] == "running"
+    (waited,) = sweeps.wait(sweep.folder, {"k=2"})  # not for what others run
+    assert waited["state"] == "running"
+    assert sweep("k=1") == 0 and len(sweep.seen) == 1
+    assert "1 of 1 points are finished or being worked on" in capsys.readouterr().out
+    row = silent(sweeps.SILENT + 60)
+    assert row["state"] == "stopped" and row["error"].startswith("no sign of life from elsewhere since 2")
+    assert sweep("k=1") == 0 and len(sweep.seen) == 2
+
+
+def test_a_running_point_gives_signs_of_life(sweep, monkeypatch):
+    monkeypatch.setattr(sweeps, "BEAT", 0.01)
+
+    def run(cfg):
+        path = sweep.folder / "point/state.json"
+        os.utime(path, (0, 0))
+        end = time.monotonic() + 10
+        while path.stat().st_mtime == 0 and time.monotonic() < end:
+            time.sleep(0.01)
+        return {"summary": "ok", "seen": path.stat().st_mtime > 0}
+
+    assert sweep("k=1", run=run) == 0
+    assert json.loads((sweep.folder / "point/results.json").read_text())["seen"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "signs of life"]
 
 
 def test_states_of_slurm_jobs(started, tmp_path, monkeypatch):
@@ -236,6 +271,8 @@ def test_states_of_slurm_jobs(started, tmp_path, monkeypatch):
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", str(squeue.parent), prepend=os.pathsep)
     assert [started(job=f"7_{i}", pid=1) for i in range(3)] == ["running", "queued", "stopped"]
+    squeue.write_text("#!/bin/sh\nexit 1\n")
+    assert started(job="7_2", pid=1) == "running"  # Slurm does not answer, but there is a sign of life
 
 
 def test_status_names_what_is_wrong(sweep, capsys):
