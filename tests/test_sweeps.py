@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import joblib
 import pytest
+from hydra.utils import instantiate
 from joblib.externals.loky import get_reusable_executor
 from omegaconf import OmegaConf
 
@@ -140,6 +141,19 @@ def test_a_bug_in_a_point_leaves_its_traceback_in_the_log(sweep, capsys):
     assert "Traceback" in (sweep.folder / "k=2/retrieve.log").read_text()
 
 
+def refuse(what):
+    raise MotionRAGError(f"no such {what}")
+
+
+def test_a_mistake_seen_by_a_constructor_is_named(sweep, capsys):
+    """Hydra wraps what it raises."""
+    target = {"_target_": f"{__name__}.refuse", "what": "folder"}
+    assert sweep("k=1,2", run=lambda cfg: instantiate(target)) == 2
+    assert "2 of 2 points failed, the first k=1: no such folder (log: " in one_line(capsys)
+    assert table(sweep.folder)["k=2"]["error"] == "no such folder"
+    assert "Traceback" not in (sweep.folder / "k=2/retrieve.log").read_text()
+
+
 def test_full_disk(sweep, capsys):
     def run(cfg):
         if cfg.k == 2:
@@ -147,7 +161,7 @@ def test_full_disk(sweep, capsys):
         return {"summary": "ok"}
 
     assert sweep("k=1,2", run=run) == 2
-    assert "No space left on device" in one_line(capsys)
+    assert "no space left on the device while writing last.ckpt: free some" in one_line(capsys)
     assert table(sweep.folder)["k=1"]["state"] == "finished"
 
 

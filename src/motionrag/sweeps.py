@@ -18,7 +18,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,10 @@ def read_plan(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def point(folder: Path, first: bool = True) -> Iterator[None]:
+def point(folder: Path, explain: Callable[[Exception], str | None], first: bool = True) -> Iterator[None]:
     """Keep `state.json` of the run in `folder`, touched every `BEAT` seconds, and the sweep's table, while the block runs it.
 
+    `explain` makes one line of a mistake of the user's, None of a fault of the program, whose traceback goes to the log.
     Of several processes the first keeps them, and any that fails says so; the first failure stays.
     """
     state = {
@@ -116,12 +117,10 @@ def point(folder: Path, first: bool = True) -> Iterator[None]:
         with _signs_of_life(folder / "state.json") if first else nullcontext():
             yield
     except Exception as error:
-        # into the run's log; a traceback only for what the user cannot mend
-        log.error("failed: %s", error, exc_info=None if isinstance(error, MotionRAGError) else error)
+        line = explain(error)
+        log.error("failed: %s", line or error, exc_info=None if line else error)
         if (_read(folder / "state.json") or state)["state"] == "running":
-            _ended(
-                folder, state, "failed", f"{type(error).__name__}: {error}".removeprefix("MotionRAGError: ")
-            )
+            _ended(folder, state, "failed", line or f"{type(error).__name__}: {error}")
         raise
     if first:
         _ended(folder, state, "finished", None)

@@ -339,7 +339,7 @@ def _run_verb(verb: str, cfg: DictConfig, typed: list[str]) -> float | None:
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if in_sweep and "ckpt_path" in cfg and cfg.ckpt_path is None and sweeps.checkpoint(run_dir).is_file():
         cfg.ckpt_path = "last"  # this point was started before
-    with sweeps.point(run_dir, first_process) if in_sweep else nullcontext():
+    with sweeps.point(run_dir, user_message, first_process) if in_sweep else nullcontext():
         if first_process:
             provenance.write(run_dir, cfg, verb, typed)
         results: dict[str, Any] = import_module(f"motionrag.cli.{verb}").run(cfg)
