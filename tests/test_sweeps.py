@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from types import SimpleNamespace
 
 import joblib
@@ -103,6 +104,24 @@ def test_reading_a_sweep_writes_only_what_changed(sweep):
     (sweep.folder / "sweep.csv").unlink()
     sweeps.write_table(sweep.folder)
     assert "pruned" in (sweep.folder / "sweep.csv").read_text()
+
+
+def test_a_log_has_command_warnings_summary_and_error(sweep, tmp_path, capsys):
+    def run(cfg):
+        warnings.warn("take care", stacklevel=1)
+        return {"summary": "all is well"}
+
+    assert sweep("k=1,2", "path=b", run=run) == 0
+    log = (sweep.folder / "k=2/retrieve.log").read_text()
+    for line in ("motionrag retrieve k=2 path=b", "UserWarning: take care", "retrieve: all is well"):
+        assert log.count(line) == 1, log
+    said = capsys.readouterr()
+    assert "take care" in said.err and said.out.count("all is well") == 2 and "all is well" not in said.err
+    sys.modules["motionrag.cli.retrieve"].run = lambda cfg: refuse("thing")
+    assert cli.main(["retrieve", "k=1", "hydra.run.dir=R"]) == 2
+    log = (tmp_path / "R/retrieve.log").read_text()
+    assert "motionrag retrieve k=1 hydra.run.dir=R" in log and "error: no such thing" in log
+    assert capsys.readouterr().err == "error: no such thing\n"
 
 
 def test_finished_points_are_not_run_again(sweep, capsys):
@@ -319,6 +338,8 @@ def test_points_at_the_same_time(sweep, tmp_path, motionrag):
     assert done.returncode == 0, done.stderr
     assert folders(tmp_path / "T") == ["metric=k", "metric=score"]
     assert {row["state"] for row in table(tmp_path / "T").values()} == {"finished"}
+    log = (tmp_path / "T/metric=k/sweep.log").read_text()
+    assert "motionrag sweep " in log and "sweep: 1 points, 1 finished" in log
 
 
 # ---------------------------------------------------------------- words
@@ -446,6 +467,11 @@ def test_two_processes_in_a_sweep_and_a_dead_one(motionrag, motionworld, root, t
         assert len(list(run.glob("*.log"))) == 1
         assert len(list(run.glob("wandb/offline-run-*"))) == 1
         assert len(list(run.glob("csv/version_*"))) == 1
+    logs = [(tmp_path / "S" / name / "train.log").read_text() for name in ("seed=1", "seed=2")]
+    assert all("motionrag train experiment=smoke trainer=ddp_cpu" in log for log in logs)
+    for line in ("trainable parameters", "step 1: train/loss ", "step 4: val/loss ", "train: 4 steps, "):
+        assert logs[0].count(line) == 1, (line, logs[0])  # of the first process alone
+    assert "was ended from outside (Signal 9" in logs[1]
     rows = table(tmp_path / "S")
     assert (rows["seed=1"]["state"], rows["seed=1"]["step"]) == ("finished", 4)
     assert rows["seed=2"]["state"] == "failed" and rows["seed=2"]["step"] in (1, 2)  # as far as it was logged

@@ -241,9 +241,9 @@ def _seen(run: Path, jobs: dict[str, tuple[str, str]] | None, queued: bool) -> d
     if info.get("job") and jobs is not None:
         there = jobs.get(info["job"], ("gone", ""))[0]
         state = {"PENDING": "queued", "REQUEUED": "queued", "gone": "stopped"}.get(there, "running")
-        return {**info, "state": state} | (
-            {"error": f"Slurm job {info['job']} is gone"} if state == "stopped" else {}
-        )
+        output = run.parent / ".submitit" / info["job"]
+        gone = f"Slurm job {info['job']} is gone{f', its output is in {output}' if output.is_dir() else ''}"
+        return {**info, "state": state} | ({"error": gone} if state == "stopped" else {})
     if info["host"] == socket.gethostname() and not info.get("job"):
         born = _born(info["pid"])
         alive = born is not None and born == info.get("born", born)
