@@ -9,10 +9,14 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
+import warnings
 from types import SimpleNamespace
 
 import joblib
 import pytest
+from hydra.utils import instantiate
 from joblib.externals.loky import get_reusable_executor
 from omegaconf import OmegaConf
 
@@ -102,6 +106,24 @@ def test_reading_a_sweep_writes_only_what_changed(sweep):
     assert "pruned" in (sweep.folder / "sweep.csv").read_text()
 
 
+def test_a_log_has_command_warnings_summary_and_error(sweep, tmp_path, capsys):
+    def run(cfg):
+        warnings.warn("take care", stacklevel=1)
+        return {"summary": "all is well"}
+
+    assert sweep("k=1,2", "path=b", run=run) == 0
+    log = (sweep.folder / "k=2/retrieve.log").read_text()
+    for line in ("motionrag retrieve k=2 path=b", "UserWarning: take care", "retrieve: all is well"):
+        assert log.count(line) == 1, log
+    said = capsys.readouterr()
+    assert "take care" in said.err and said.out.count("all is well") == 2 and "all is well" not in said.err
+    sys.modules["motionrag.cli.retrieve"].run = lambda cfg: refuse("thing")
+    assert cli.main(["retrieve", "k=1", "hydra.run.dir=R"]) == 2
+    log = (tmp_path / "R/retrieve.log").read_text()
+    assert "motionrag retrieve k=1 hydra.run.dir=R" in log and "error: no such thing" in log
+    assert capsys.readouterr().err == "error: no such thing\n"
+
+
 def test_finished_points_are_not_run_again(sweep, capsys):
     assert sweep("k=1,2") == 0
     assert sweep("k=1,2,4") == 0
@@ -138,6 +160,19 @@ def test_a_bug_in_a_point_leaves_its_traceback_in_the_log(sweep, capsys):
     assert "Traceback" in (sweep.folder / "k=2/retrieve.log").read_text()
 
 
+def refuse(what):
+    raise MotionRAGError(f"no such {what}")
+
+
+def test_a_mistake_seen_by_a_constructor_is_named(sweep, capsys):
+    """Hydra wraps what it raises."""
+    target = {"_target_": f"{__name__}.refuse", "what": "folder"}
+    assert sweep("k=1,2", run=lambda cfg: instantiate(target)) == 2
+    assert "2 of 2 points failed, the first k=1: no such folder (log: " in one_line(capsys)
+    assert table(sweep.folder)["k=2"]["error"] == "no such folder"
+    assert "Traceback" not in (sweep.folder / "k=2/retrieve.log").read_text()
+
+
 def test_full_disk(sweep, capsys):
     def run(cfg):
         if cfg.k == 2:
@@ -145,7 +180,7 @@ def test_full_disk(sweep, capsys):
         return {"summary": "ok"}
 
     assert sweep("k=1,2", run=run) == 2
-    assert "No space left on device" in one_line(capsys)
+    assert "no space left on the device while writing last.ckpt: free some" in one_line(capsys)
     assert table(sweep.folder)["k=1"]["state"] == "finished"
 
 
@@ -205,6 +240,7 @@ def started(sweep):
     def state(**info) -> str:
         (folder,) = (path for path in sweep.folder.iterdir() if path.is_dir())
         info = {"state": "running", "host": socket.gethostname(), "pid": os.getpid(), "job": None, **info}
+        info.setdefault("born", sweeps._born(os.getpid()))
         (folder / "state.json").write_text(json.dumps(info))
         return sweeps.write_table(sweep.folder)[0]["state"]
 
@@ -226,7 +262,39 @@ def test_a_loss_that_is_not_finite_is_no_value(tmp_path):
 def test_states_of_processes(started):
     assert started() == "running"
     assert started(pid=2**22 + 1) == "stopped"  # above every process id
-    assert started(host="elsewhere", pid=2**22 + 1) == "running"
+    assert started(born="before the machine, or the container, started again") == "stopped"
+
+
+def test_a_point_of_another_machine_that_gives_no_sign_is_dead(started, sweep, capsys):
+    def silent(seconds):
+        started(host="elsewhere", pid=1)
+        os.utime(sweep.folder / "point/state.json", (time.time() - seconds,) * 2)
+        return sweeps.write_table(sweep.folder)[0]
+
+    assert silent(sweeps.SILENT - 60)["state"] == "running"
+    (waited,) = sweeps.wait(sweep.folder, {"k=2"})  # not for what others run
+    assert waited["state"] == "running"
+    assert sweep("k=1") == 0 and len(sweep.seen) == 1
+    assert "1 of 1 points are finished or being worked on" in capsys.readouterr().out
+    row = silent(sweeps.SILENT + 60)
+    assert row["state"] == "stopped" and row["error"].startswith("no sign of life from elsewhere since 2")
+    assert sweep("k=1") == 0 and len(sweep.seen) == 2
+
+
+def test_a_running_point_gives_signs_of_life(sweep, monkeypatch):
+    monkeypatch.setattr(sweeps, "BEAT", 0.01)
+
+    def run(cfg):
+        path = sweep.folder / "point/state.json"
+        os.utime(path, (0, 0))
+        end = time.monotonic() + 10
+        while path.stat().st_mtime == 0 and time.monotonic() < end:
+            time.sleep(0.01)
+        return {"summary": "ok", "seen": path.stat().st_mtime > 0}
+
+    assert sweep("k=1", run=run) == 0
+    assert json.loads((sweep.folder / "point/results.json").read_text())["seen"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "signs of life"]
 
 
 def test_states_of_slurm_jobs(started, tmp_path, monkeypatch):
@@ -236,6 +304,8 @@ def test_states_of_slurm_jobs(started, tmp_path, monkeypatch):
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", str(squeue.parent), prepend=os.pathsep)
     assert [started(job=f"7_{i}", pid=1) for i in range(3)] == ["running", "queued", "stopped"]
+    squeue.write_text("#!/bin/sh\nexit 1\n")
+    assert started(job="7_2", pid=1) == "running"  # Slurm does not answer, but there is a sign of life
 
 
 def test_status_names_what_is_wrong(sweep, capsys):
@@ -268,6 +338,8 @@ def test_points_at_the_same_time(sweep, tmp_path, motionrag):
     assert done.returncode == 0, done.stderr
     assert folders(tmp_path / "T") == ["metric=k", "metric=score"]
     assert {row["state"] for row in table(tmp_path / "T").values()} == {"finished"}
+    log = (tmp_path / "T/metric=k/sweep.log").read_text()
+    assert "motionrag sweep " in log and "sweep: 1 points, 1 finished" in log
 
 
 # ---------------------------------------------------------------- words
@@ -395,6 +467,11 @@ def test_two_processes_in_a_sweep_and_a_dead_one(motionrag, motionworld, root, t
         assert len(list(run.glob("*.log"))) == 1
         assert len(list(run.glob("wandb/offline-run-*"))) == 1
         assert len(list(run.glob("csv/version_*"))) == 1
+    logs = [(tmp_path / "S" / name / "train.log").read_text() for name in ("seed=1", "seed=2")]
+    assert all("motionrag train experiment=smoke trainer=ddp_cpu" in log for log in logs)
+    for line in ("trainable parameters", "step 1: train/loss ", "step 4: val/loss ", "train: 4 steps, "):
+        assert logs[0].count(line) == 1, (line, logs[0])  # of the first process alone
+    assert "was ended from outside (Signal 9" in logs[1]
     rows = table(tmp_path / "S")
     assert (rows["seed=1"]["state"], rows["seed=1"]["step"]) == ("finished", 4)
     assert rows["seed=2"]["state"] == "failed" and rows["seed=2"]["step"] in (1, 2)  # as far as it was logged

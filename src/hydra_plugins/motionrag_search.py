@@ -136,7 +136,7 @@ class SearchSweeper(OpenSweeper):
 
         attributes = found.get_trials()[number].user_attrs  # the run has written there, too
         name = attributes.get("name")
-        row = next((row for row in sweeps.wait(self.folder) if row["name"] == name), None)
+        row = next((row for row in sweeps.wait(self.folder, {name}) if row["name"] == name), None)
         if row is None or row["state"] not in sweeps.DONE:
             return False
         if row["state"] == "pruned" or attributes.get("pruned"):

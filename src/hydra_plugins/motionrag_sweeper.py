@@ -90,7 +90,7 @@ class PointSweeper(BasicSweeper):
         try:
             return self.run(arguments)
         except Exception as error:
-            rows = sweeps.wait(self.folder) if self.todo else []
+            rows = sweeps.wait(self.folder, self.todo) if self.todo else []
             broken = [r for r in rows if r["name"] in self.todo and r["state"] in ("failed", "stopped")]
             if (
                 not broken

@@ -2,7 +2,7 @@
 
 `sweep.json` in the folder holds the plan (what was launched, from where, the overrides of every point) and, with
 `sweep.csv`, a row for each point. Every point runs in a folder of its own, named by what was varied, whose `state.json`
-says who runs it. The table can always be made again from these, by any process.
+says who runs it and is touched while they do. The table can always be made again from these, by any process.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import os
 import re
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ SCHEMA = "motionrag.sweep/1"
 log = logging.getLogger(__name__)
 DONE = ("finished", "pruned")  # pruned: a search saw that others were better
 LIVE = ("running", "queued")  # somebody works on it, or will without being asked
+BEAT = 30  # seconds between signs of life of a running point
+SILENT = 300  # seconds without one after which a point of another machine is taken for dead
 
 
 def name_of(varied: dict[str, str]) -> str:
@@ -94,32 +97,69 @@ def read_plan(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def point(folder: Path, first: bool = True) -> Iterator[None]:
-    """Keep `state.json` of the run in `folder`, and the sweep's table, while the block runs it.
+def point(folder: Path, explain: Callable[[Exception], str | None], first: bool = True) -> Iterator[None]:
+    """Keep `state.json` of the run in `folder`, touched every `BEAT` seconds, and the sweep's table, while the block runs it.
 
+    `explain` makes one line of a mistake of the user's, None of a fault of the program, whose traceback goes to the log.
     Of several processes the first keeps them, and any that fails says so; the first failure stays.
     """
     state = {
         "state": "running",
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "born": _born(os.getpid()),
         "job": slurm_job(),
         "started": time.time(),
     }
     if first:
         write_json(folder / "state.json", state)
     try:
-        yield
+        with _signs_of_life(folder / "state.json") if first else nullcontext():
+            yield
     except Exception as error:
-        # into the run's log; a traceback only for what the user cannot mend
-        log.error("failed: %s", error, exc_info=None if isinstance(error, MotionRAGError) else error)
+        line = explain(error)
+        log.error("failed: %s", line or error, exc_info=None if line else error)
         if (_read(folder / "state.json") or state)["state"] == "running":
-            _ended(
-                folder, state, "failed", f"{type(error).__name__}: {error}".removeprefix("MotionRAGError: ")
-            )
+            _ended(folder, state, "failed", line or f"{type(error).__name__}: {error}")
         raise
     if first:
         _ended(folder, state, "finished", None)
+
+
+@contextmanager
+def _signs_of_life(path: Path) -> Iterator[None]:
+    """Touch `path` every `BEAT` seconds: what other machines see of a process."""
+    ended = threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(BEAT):
+            with suppress(OSError):  # a file system that is away for a moment must not end the signs
+                os.utime(path)
+
+    thread = threading.Thread(target=touch, name="signs of life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _born(pid: int) -> str | None:
+    """When a process of this machine started (ids are used again, 1 in every container); None if there is none.
+
+    Where there is no /proc (macOS) it is "?" for every process there is.
+    """
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return "?"
 
 
 def _ended(folder: Path, state: dict[str, Any], how: str, error: str | None) -> None:
@@ -163,11 +203,11 @@ def write_table(folder: Path) -> list[dict[str, Any]]:
         if any((folder / p["name"]).is_dir() for p in sweep["points"]) or _uses_slurm(sweep)
         else {}
     )
-    waiting = any(where == str(folder) and state == "PENDING" for state, where in jobs.values())
+    waiting = any(where == str(folder) and state == "PENDING" for state, where in (jobs or {}).values())
     rows = []
     for planned in sweep["points"]:
         run = folder / planned["name"]
-        info = _read(run / "state.json") or {"state": "queued" if waiting else "waiting"}
+        info = _seen(run, jobs, waiting)
         step, metrics = measured(run, info["state"] in DONE)
         logs = sorted(run.glob("*.log"))
         rows.append(
@@ -176,7 +216,7 @@ def write_table(folder: Path) -> list[dict[str, Any]]:
                 "parameters": planned["parameters"],
                 "overrides": planned["overrides"],
                 "seed": _seed(run),
-                "state": _state(info, jobs),
+                "state": info["state"],
                 "step": step,
                 "metrics": metrics,
                 "seconds": info.get("seconds"),
@@ -193,34 +233,39 @@ def write_table(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _state(info: dict[str, Any], jobs: dict[str, tuple[str, str]]) -> str:
+def _seen(run: Path, jobs: dict[str, tuple[str, str]] | None, queued: bool) -> dict[str, Any]:
+    """`state.json` of the run in `run`, with the state that it is in now; one that stopped says how that is known."""
+    info = _read(run / "state.json") or {"state": "queued" if queued else "waiting"}
     if info["state"] != "running":
-        return info["state"]
-    if info.get("job"):
+        return info
+    if info.get("job") and jobs is not None:
         there = jobs.get(info["job"], ("gone", ""))[0]
-        return {"PENDING": "queued", "REQUEUED": "queued", "gone": "stopped"}.get(there, "running")
-    if info["host"] != socket.gethostname():
-        return "running"  # cannot be known from here
-    try:
-        os.kill(info["pid"], 0)
-    except ProcessLookupError:
-        return "stopped"
-    except PermissionError:
-        pass
-    return "running"
+        state = {"PENDING": "queued", "REQUEUED": "queued", "gone": "stopped"}.get(there, "running")
+        output = run.parent / ".submitit" / info["job"]
+        gone = f"Slurm job {info['job']} is gone{f', its output is in {output}' if output.is_dir() else ''}"
+        return {**info, "state": state} | ({"error": gone} if state == "stopped" else {})
+    if info["host"] == socket.gethostname() and not info.get("job"):
+        born = _born(info["pid"])
+        alive = born is not None and born == info.get("born", born)
+        return info if alive else {**info, "state": "stopped", "error": "its process is gone"}
+    last = (run / "state.json").stat().st_mtime
+    if time.time() - last < SILENT:
+        return info
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(last))
+    return {**info, "state": "stopped", "error": f"no sign of life from {info['host']} since {when}"}
 
 
 def _uses_slurm(sweep: dict[str, Any]) -> bool:
     return any("slurm" in word for launch in sweep["launches"] for word in launch["overrides"])
 
 
-def _slurm_queue() -> dict[str, tuple[str, str]]:
-    """State and comment (the sweep's folder) of the user's jobs; empty where there is no Slurm."""
+def _slurm_queue() -> dict[str, tuple[str, str]] | None:
+    """State and comment (the sweep's folder) of the user's jobs; None where Slurm does not answer."""
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%k"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return {}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (FileNotFoundError, subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        return None
     lines = [line.split("|", 2) for line in done.stdout.splitlines()]
     return {line[0]: (line[1], line[2]) for line in lines if len(line) == 3}
 
@@ -292,10 +337,10 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(sorted(states)))
 
 
-def wait(folder: Path, seconds: float = 2.0) -> list[dict[str, Any]]:
-    """The table, once nobody works on any point."""
+def wait(folder: Path, names: Collection[str], seconds: float = 2.0) -> list[dict[str, Any]]:
+    """The table, once nobody works on the points called `names`."""
     while True:
         rows = write_table(folder)
-        if not any(row["state"] in LIVE for row in rows):
+        if not any(row["state"] in LIVE for row in rows if row["name"] in names):
             return rows
         time.sleep(seconds)

@@ -6,14 +6,17 @@ Every verb is a Hydra app over ``conf/<verb>.yaml`` whose work is ``run(cfg) -> 
 - turns what people type into Hydra overrides (a prompt may hold commas, quotes, brackets, equals signs),
 - writes ``provenance.json`` and ``config.yaml`` into the run folder when a run starts and ``results.json``
   with the returned dict when it ends, and prints the dict's ``summary`` as one line,
+- keeps the run's log (``VERB.log``): command, what the verb logs, warnings, summary or error,
 - turns the user's mistakes into one line on standard error and exit code 2.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,8 @@ from motionrag.errors import MotionRAGError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -293,6 +298,8 @@ def _launch(verb: str, words: list[str]) -> int:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 launch.fail_slurm_job()
                 raise
+            # into the log alone: main() prints it
+            log.info("error: %s", line or error, exc_info=None if line else error)
             if line is None:
                 raise
             mistakes.append(line)
@@ -339,13 +346,20 @@ def _run_verb(verb: str, cfg: DictConfig, typed: list[str]) -> float | None:
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if in_sweep and "ckpt_path" in cfg and cfg.ckpt_path is None and sweeps.checkpoint(run_dir).is_file():
         cfg.ckpt_path = "last"  # this point was started before
-    with sweeps.point(run_dir, first_process) if in_sweep else nullcontext():
+    with sweeps.point(run_dir, user_message, first_process) if in_sweep else nullcontext():
         if first_process:
             provenance.write(run_dir, cfg, verb, typed)
-        results: dict[str, Any] = import_module(f"motionrag.cli.{verb}").run(cfg)
+            words = HydraConfig.get().overrides.task if in_sweep else typed[2:]
+            log.info("motionrag %s %s", verb, shlex.join(words))
+        logging.captureWarnings(True)
+        try:
+            results: dict[str, Any] = import_module(f"motionrag.cli.{verb}").run(cfg)
+        finally:
+            logging.captureWarnings(False)
         if first_process:
             write_json(run_dir / "results.json", results)
             print(f"{verb}: {results['summary']} [{_short(run_dir / 'results.json')}]")
+            log.info("%s: %s", verb, results["summary"])
     return results.get("objective")
 
 

@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -156,6 +156,7 @@ def start(count: int, cfg: DictConfig, work: Callable[[DictConfig], dict[str, An
     multiprocessing.set_forkserver_preload([work.__module__, *sorted(_modules(resolved))])
     # a rank that was killed leaves a semaphore behind; Python removes it and would warn after our error
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
+    logs = [h.baseFilename for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]
     with tempfile.TemporaryDirectory(prefix="motionrag-ranks-") as folder:
         config = LaunchConfig(
             min_nodes=1,
@@ -170,7 +171,7 @@ def start(count: int, cfg: DictConfig, work: Callable[[DictConfig], dict[str, An
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
-            return elastic_launch(config, _rank)(work, resolved)[0]
+            return elastic_launch(config, _rank)(work, resolved, logs)[0]
         except ChildFailedError as error:
             raise MotionRAGError(_reason(error.failures, count)) from None
         except SignalException as error:
@@ -189,13 +190,24 @@ def _modules(config: Any) -> set[str]:
     return set().union(*map(_modules, config)) if isinstance(config, list) else set()
 
 
-def _rank(work: Callable[[DictConfig], dict[str, Any]], cfg: dict[str, Any]) -> dict[str, Any]:
-    """One rank."""
+def _rank(
+    work: Callable[[DictConfig], dict[str, Any]], cfg: dict[str, Any], logs: Sequence[str] = ()
+) -> dict[str, Any]:
+    """One rank; it adds to the run's log files."""
     import torch
 
     from motionrag.cli import user_message
 
-    logging.basicConfig(format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING)
+    logging.basicConfig(  # as conf/hydra/default.yaml
+        format="[%(asctime)s] %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        level=logging.WARNING,
+        handlers=[console, *map(logging.FileHandler, logs)],
+    )
+    logging.getLogger("motionrag").setLevel(logging.INFO)
+    logging.captureWarnings(True)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     try:

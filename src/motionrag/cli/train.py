@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import WandbLogger
 
     from motionrag.retrieval.database import RetrievalDatabase
+
+log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -42,7 +45,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Train as this process's part, write the trained weights and the last metrics."""
-    import logging
     import warnings
 
     import lightning as L
@@ -54,7 +56,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
     from motionrag.checkpoint import count_parameters, read_weights, save_weights, trainable_state
     from motionrag.errors import MotionRAGError
-    from motionrag.lit.callbacks import SaveWeights
+    from motionrag.lit.callbacks import LogLines, SaveWeights
 
     for library in ("lightning.pytorch", "lightning.fabric"):  # hardware lists and advertisements
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -76,7 +78,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             cfg.trainer,
             val_check_interval=validate_every,
             callbacks=[*callbacks, SaveWeights(weights, about, _inputs(cfg, clips.db))],
-            logger=[made for logger in cfg.logger.values() if (made := instantiate(logger))],
+            logger=[*(made for logger in cfg.logger.values() if (made := instantiate(logger))), LogLines()],
             default_root_dir=str(run_dir),
         )
     except InstantiationException as error:
@@ -88,10 +90,12 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         raise
     trainable = count_parameters(module.parameters())
     if trainer.is_global_zero:
-        print(
+        line = (
             f"{cfg.name}: {trainable:,} trainable parameters, {len(data.train_part)} training and "
             f"{len(data.val_part)} validation clips"
         )
+        print(line)
+        log.info(line)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))

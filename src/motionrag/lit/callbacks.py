@@ -1,5 +1,6 @@
 """What a training run shows of itself, and when it stops itself."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
@@ -23,6 +24,8 @@ from motionrag.data.batch import MotionBatch
 from motionrag.errors import MotionRAGError
 from motionrag.io import sha256
 from motionrag.lit.checkpoint_io import BackgroundCheckpointIO
+
+log = logging.getLogger(__name__)
 
 
 class SkippedClips(L.Callback):
@@ -179,7 +182,9 @@ class Preemption(L.Callback):
                 trainer.strategy.checkpoint_io.wait()
             trainer.strategy.barrier("preemption")  # no process ends before the file is there
             if trainer.is_global_zero:
-                print(f"asked to stop: saved step {trainer.global_step} to {self.path}", flush=True)
+                line = f"asked to stop: saved step {trainer.global_step} to {self.path}"
+                print(line, flush=True)
+                log.info(line)
 
 
 def _slurm_job() -> str:
@@ -210,6 +215,20 @@ class Throughput(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._since, self._clips = None, 0
+
+
+class LogLines(Logger):
+    """Adds a line to the run's log whenever numbers are logged."""
+
+    name = version = ""
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """The run's config.yaml has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "epoch")
+        log.info("step %d: %s", (step or 0) + 1, numbers)
 
 
 class Progress(TQDMProgressBar):

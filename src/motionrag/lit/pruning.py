@@ -1,5 +1,6 @@
 """Ending runs of a search early."""
 
+import logging
 from pathlib import Path
 
 import lightning as L
@@ -8,6 +9,8 @@ from optuna.trial import Trial, TrialState
 
 from motionrag.errors import MotionRAGError
 from motionrag.search import study
+
+log = logging.getLogger(__name__)
 
 
 class Pruning(L.Callback):
@@ -48,5 +51,7 @@ class Pruning(L.Callback):
             trial.report(trainer.callback_metrics[self.monitor].item(), trainer.global_step)
             if pruned := trial.should_prune():
                 trial.set_user_attr("pruned", True)
-                print(f"pruned at step {trainer.global_step}: other points were better there", flush=True)
+                line = f"pruned at step {trainer.global_step}: other points were better there"
+                print(line, flush=True)
+                log.info(line)
         trainer.should_stop = trainer.strategy.broadcast(pruned) or trainer.should_stop
