@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from motionrag.errors import MotionRAGError
-from motionrag.retrieval import building, changes
+from motionrag.retrieval import building, changes, database
 from motionrag.retrieval.bank import writer_lock
 from motionrag.retrieval.building import build
 from motionrag.retrieval.database import RetrievalDatabase
@@ -59,11 +59,7 @@ def test_add_remove_replace(write_database, write_store, tmp_path):
     for clip_id in ("c1", "m0", "m1"):
         del features[clip_id]
     db = check(path, features)
-    assert [part.name for part in sorted((path / "parts").iterdir())] == [
-        "added-000001",
-        "clips-0",
-        "clips-1",
-    ]
+    assert [part["name"] for part in db.manifest["parts"]] == ["clips-0", "clips-1", "added-000001"]
     with pytest.raises(MotionRAGError, match="no clip 'c1' among its 9 clips"):
         db.motion_features(["c1"])
 
@@ -74,6 +70,9 @@ def test_add_remove_replace(write_database, write_store, tmp_path):
     ):
         changes.add(path, [new])
     check(path, features)
+    assert not (
+        path / "parts/added-000000"
+    ).exists()  # gone with the next change: readers may have had it open
     changes.add(path, [new], replace=True)
     features |= new_features
     db = check(path, features)
@@ -217,7 +216,7 @@ def test_verify_finds_any_flipped_byte(write_database):
     counts = changes.verify(path)
     rng = np.random.default_rng(0)
     files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name not in (".lock", "manifest.json")]
-    assert len(files) == counts["files"] == 1 + 3 + 2 * 7
+    assert len(files) == counts["files"] == 1 + 3 + 2 * 8
     assert counts["bytes"] == sum(file.stat().st_size for file in files)
     for file in files:
         data = file.read_bytes()
@@ -286,11 +285,38 @@ def test_approximate_databases(write_store, kind):
 
 
 def test_time_to_live_readers(write_database, write_store):
-    """A reader that was open keeps what it has mapped; one that opens later sees the change."""
+    """A reader that was open keeps what it has, used before or not; one that opens later sees the change."""
     path, features = write_database((3, 4))
-    db = RetrievalDatabase(path)
+    for prefix in ("o", "p"):
+        other, _ = write_store((2,), prefix, prefix=prefix, seed=1)
+        changes.add(path, [other])
+    used, unused = RetrievalDatabase(path), RetrievalDatabase(path)
     query = features["c2"]["caption"]
-    assert db.search(query, 1)[0][0] == ["c2"] and db.neighbours("c2", 1)
-    changes.remove(path, ["c2"])
-    assert db.search(query, 1)[0][0] == ["c2"]
+    expected = used.search(query, 11)[0][0]
+    assert expected[0] == "c2" and used.neighbours("c2", 4)
+    changes.remove(path, ["c2", "o0", "o1"])  # all of a part that was added
+    for db in (used, unused):
+        assert db.search(query, 11)[0][0] == expected
+        assert db.neighbours("c2", 4) == used.neighbours("c2", 4)
+        assert db.motion_features(["c2", "o1"]).shape == (2, 5, 4)
     assert RetrievalDatabase(path).search(query, 1)[0][0] != ["c2"]
+
+
+def test_damage_does_not_get_a_checksum_of_its_own(write_database):
+    path, _ = write_database((3, 4))
+    for file in [*path.glob("index-*"), *path.glob("neighbours-*"), path / "parts/clips-0/clips.json"]:
+        data = file.read_bytes()
+        file.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+        with pytest.raises(MotionRAGError, match=f"{file.name} is damaged"):
+            changes.remove(path, ["c1"])
+        file.write_bytes(data)
+    changes.remove(path, ["c1"])
+
+
+def test_a_database_that_is_changed_while_it_is_opened(write_database, monkeypatch):
+    path, _ = write_database((3, 4))
+    old = database.read_manifest(path)
+    changes.remove(path, ["c2"])
+    new = [old, database.read_manifest(path)]
+    monkeypatch.setattr(database, "read_manifest", lambda path: new.pop(0))
+    assert "c2" not in RetrievalDatabase(path)

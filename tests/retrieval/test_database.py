@@ -3,13 +3,16 @@
 import json
 import os
 import pickle
+import re
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
 from motionrag.errors import MotionRAGError
+from motionrag.io import sha256
 from motionrag.retrieval import changes
 from motionrag.retrieval.building import build
 from motionrag.retrieval.database import RetrievalDatabase
@@ -149,7 +152,7 @@ def test_other_folders_are_no_databases(write_database, tmp_path):
         build(tmp_path)
     path, _ = write_database()
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(manifest | {"clips": 99}))
+    (path / "manifest.json").write_text(json.dumps(unsigned(manifest) | {"clips": 99}))
     with pytest.raises(MotionRAGError, match=r"7 clips in its parts, 99 in manifest.json"):
         RetrievalDatabase(path)
     (path / "manifest.json").write_text("{")
@@ -166,6 +169,70 @@ def test_other_encoders_are_refused_by_both_names(write_database):
         db.check_encoders({"caption": FakeCaptions([0.0], name="big", width=9)})
     with pytest.raises(MotionRAGError, match="differ in weights"):
         db.check_encoders({"motion": FakeCaptions([0.0], weights="1" * 64)})
+
+
+# ---------------------------------------------------------------- damage
+
+
+def unsigned(manifest):
+    return {key: value for key, value in manifest.items() if key != "checksum"}
+
+
+def everything(path, query):
+    db = RetrievalDatabase(path)
+    read = (db.motion_features, db.appearance_features, db.class_tokens, db.caption_vectors)
+    return repr(
+        [
+            *[[np.asarray(values([i])).tolist() for values in read] for i in db.ids],
+            *[[db.neighbours(i, 3), db.clip(i), db.same_source(i), db.preview(i).tolist()] for i in db.ids],
+            [(ids, scores.tolist()) for ids, scores in db.search(query, 4)],
+            db.search(query, 2, where="action=jump")[0][0],
+        ]
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_flipped_bit_is_never_used(write_database, precision):
+    """Whatever file it is in: what is read is as it was, or an error of one line that says what to do."""
+    path, features = write_database((4,), extra=described, precision=precision)
+    query = features["c1"]["caption"]
+    expected, rng, refused = everything(path, query), np.random.default_rng(0), Counter()
+    for file in sorted(path.rglob("*")):
+        if not file.is_file() or file.name in (".lock", "store.json"):  # readers do not look at these
+            continue
+        data = file.read_bytes()
+        for at in [*rng.integers(0, min(len(data), 100), 5), *rng.integers(0, len(data), 5), len(data) - 1]:
+            file.write_bytes(data[:at] + bytes([data[at] ^ 1 << rng.integers(8)]) + data[at + 1 :])
+            try:
+                assert everything(path, query) == expected, (file, at)
+            except MotionRAGError as error:
+                assert "\n" not in str(error)
+                assert re.search("motionrag (index|encode)|copy ", str(error)), error
+                refused[file.name] += 1
+        file.write_bytes(data)
+    assert len(refused) == (13 if precision == "int8" else 11)  # clips.json is read by index alone
+    assert min(refused.values()) >= 4  # the padding of a .npy header means nothing
+
+
+def test_damage_is_named(write_database):
+    path, _ = write_database((4,))
+    file = path / "parts/clips-0/motion.npy"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    db = RetrievalDatabase(path)
+    db.motion_features(["c0", "c1", "c2"])
+    with pytest.raises(
+        MotionRAGError, match=r"motion.npy is damaged at clip 'c3'.* motionrag index verify .* encode"
+    ):
+        db.motion_features(["c3"])
+
+
+def test_numbers_that_no_clip_has_are_refused(write_database):
+    path, _ = write_database((4,))
+    db = RetrievalDatabase(path)
+    db._neighbours = np.full((4, 4), 2**20)
+    with pytest.raises(MotionRAGError, match="name clips that it does not have; run motionrag index db="):
+        db.neighbours("c0", 3)
 
 
 # ---------------------------------------------------------------- filters
@@ -246,17 +313,24 @@ def test_databases_of_earlier_versions_open(write_database):
     path, _ = write_database((3, 4), paired=True)
     new = RetrievalDatabase(path)
     expected = {i: (new.neighbours(i, 3), new.clip(i), new.same_source(i)) for i in new.ids}
+    motion = new.motion_features(["c4"])
     manifest = json.loads((path / "manifest.json").read_text())
     table = np.load(path / manifest["neighbours"]["file"])["number"]
     np.save(path / "neighbours.npy", table.astype(np.int32))
     (path / manifest["index"]["file"]).rename(path / "index.faiss")
     manifest["index"]["file"], manifest["neighbours"]["file"] = "index.faiss", "neighbours.npy"
+    manifest["neighbours"]["sha256"] = sha256(path / "neighbours.npy")
     del manifest["catalog"], manifest["store"], manifest["neighbours"]["near_duplicate"]
     for part in manifest["parts"]:
-        del part["start"], part["removed"], part["about"]
-    (path / "manifest.json").write_text(json.dumps(manifest))
+        del part["start"], part["removed"], part["about"], part["files"]["sums.npy"]
+        about = json.loads((path / "parts" / part["name"] / "part.json").read_text())
+        del about["files"]["sums.npy"]
+        (path / "parts" / part["name"] / "part.json").write_text(json.dumps(about))
+        (path / "parts" / part["name"] / "sums.npy").unlink()
+    (path / "manifest.json").write_text(json.dumps(unsigned(manifest)))
     old = RetrievalDatabase(path)
     assert {i: (old.neighbours(i, 3), old.clip(i), old.same_source(i)) for i in old.ids} == expected
+    torch.testing.assert_close(old.motion_features(["c4"]), motion)
     with pytest.raises(MotionRAGError, match="was indexed by an older version; run motionrag index db="):
         changes.remove(path, ["c0"])
     build(path)

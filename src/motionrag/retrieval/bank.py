@@ -3,19 +3,22 @@
 ``DB/parts/<shard>/`` holds, for ``n`` clips, ``motion.npy`` (n,N,D) and ``appearance.npy`` (n,M,E) in one of the
 PRECISIONS (with int8 also ``motion_step.npy`` (n,N) and ``appearance_step.npy`` (n,M) float32), ``caption.npy``
 (n,W) float32 of length 1 (of the motion captions), ``preview.bin`` with one JPEG strip of frames per clip and
-``preview_ends.npy`` (n,) int64 with where each ends, ``clips.json`` (what is known about each clip, in the same
-order) and ``part.json`` (where it all came from, precision, error, and checksums). ``motion`` are motion features, or
-motion tokens if the store was encoded with a Resampler. A part is written beside its place and renamed in one step:
-what is there is whole.
+``preview_ends.npy`` (n,) int64 with where each ends, ``sums.npy`` (n,) with the checksums of each clip's values (see
+SUMS; earlier versions wrote none), ``clips.json`` (what is known about each clip, in the same order) and ``part.json``
+(where it all came from, precision, error, and checksums). ``motion`` are motion features, or motion tokens if the store
+was encoded with a Resampler. A part is written beside its place and renamed in one step: what is there is whole.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import io
+import json
 import os
 import shutil
 import socket
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -27,13 +30,15 @@ import torch
 from PIL import Image
 
 from motionrag.errors import MotionRAGError
-from motionrag.io import only_writer, read_json, sha256, write_json
+from motionrag.io import only_writer, sha256, write_json
 from motionrag.retrieval.precision import PRECISIONS, pack, unpack
 
 PARTS = "parts"
 PART_FILE = "part.json"
 LOCK = ".lock"
 FEATURES = ("motion", "appearance")
+#: Checksums of one clip, see :func:`checksum`: of its features (with their steps), of the first token of appearance, ...
+SUMS = np.dtype([(name, "<u4") for name in (*FEATURES, "class_token", "caption", "preview")])
 
 
 @contextmanager
@@ -71,6 +76,7 @@ class PartWriter:
         self.partial = self.target.with_name(f".{name}.partial")
         self.about = dict(about)
         self.clips: list[dict[str, Any]] = []
+        self.sums: list[tuple[int, ...]] = []
         self.precision = precision
         self._arrays: dict[str, _NpyFile] = {}
         self._squares: dict[
@@ -103,25 +109,20 @@ class PartWriter:
 
         Raises :class:`MotionRAGError` for features that the precision cannot hold.
         """
+        kept: dict[str, list[np.ndarray]] = {}
         for name, values in zip(FEATURES, (motion, appearance), strict=True):
             stored, step = pack(values, self.precision)
             found = unpack(stored, step).numpy()
             self._check(clips, name, found, PRECISIONS[self.precision])
-            self._append(name, stored)
-            if step is not None:
-                self._append(f"{name}_step", step)
+            kept[name] = [stored] if step is None else [stored, step]
             errors, squares = self._squares.get(name, (0.0, 0.0))
             exact = np.asarray(values, np.float32)
             self._squares[name] = errors + _square(found - exact), squares + _square(exact)
         caption = np.asarray(caption, np.float32)
         self._check(clips, "caption", caption, "float32")
-        self._append("caption", caption)
-        ends = []
-        for preview in previews:
-            self._preview_end += self._previews.write(_jpeg_strip(preview))
-            ends.append(self._preview_end)
-        self._append("preview_ends", np.asarray(ends, dtype=np.int64))
-        self.clips += [dict(clip) for clip in clips]
+        for row, (clip, preview) in enumerate(zip(clips, previews, strict=True)):
+            features = {name: [values[row] for values in kept[name]] for name in FEATURES}
+            self._append(clip, features, caption[row], _jpeg_strip(preview))
 
     @staticmethod
     def _check(clips: Sequence[Mapping[str, Any]], name: str, values: np.ndarray, dtype: str) -> None:
@@ -134,18 +135,31 @@ class PartWriter:
 
     def copy(self, part: Part, rows: np.ndarray) -> None:
         """Append clips ``rows`` (r,) of another part as they are; ``about`` says in which precision."""
-        steps = [f"{name}_step" for name in FEATURES if f"{name}_step.npy" in part.about["files"]]
         for row in rows.tolist():
-            for name in (*FEATURES, "caption", *steps):
-                self._append(name, np.asarray(part.array(name)[row : row + 1]))
-            self._preview_end += self._previews.write(part.jpeg(row))
-            self._append("preview_ends", np.asarray([self._preview_end], dtype=np.int64))
-            self.clips.append(part.clips[row])
+            features = {name: part.stored(name, row) for name in FEATURES}
+            self._append(part.clips[row], features, part.captions([row])[0], part.jpeg(row))
 
-    def _append(self, name: str, values: np.ndarray) -> None:
-        if name not in self._arrays:
-            self._arrays[name] = _NpyFile(self.partial / f"{name}.npy", values)
-        self._arrays[name].append(values)
+    def _append(
+        self, clip: Mapping[str, Any], features: dict[str, list[np.ndarray]], caption: np.ndarray, jpeg: bytes
+    ) -> None:
+        self._preview_end += self._previews.write(jpeg)
+        arrays = {name: values[0] for name, values in features.items()}
+        arrays |= {f"{name}_step": values[1] for name, values in features.items() if values[1:]}
+        arrays |= {"caption": caption, "preview_ends": np.array(self._preview_end, np.int64)}
+        for name, values in arrays.items():
+            if name not in self._arrays:
+                self._arrays[name] = _NpyFile(self.partial / f"{name}.npy", values[None])
+            self._arrays[name].append(values[None])
+        tokens = [values[0] for values in features["appearance"]]
+        groups = (
+            features["motion"],
+            features["appearance"],
+            tokens,
+            [caption],
+            [np.frombuffer(jpeg, np.uint8)],
+        )
+        self.sums.append(tuple(checksum(*group) for group in groups))
+        self.clips.append(dict(clip))
 
     def _stored(self) -> dict[str, Any]:
         """Precision, and the relative error (root mean square) that it makes; nothing for clips that were copied."""
@@ -171,6 +185,7 @@ class PartWriter:
                 array.close()
             if whole:
                 write_json(self.partial / "clips.json", self.clips)
+                write_npy(self.partial / "sums.npy", np.array(self.sums, SUMS))
                 files = {
                     path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
                     for path in sorted(self.partial.iterdir())
@@ -185,22 +200,28 @@ class PartWriter:
 class Part:
     """Read one part; its arrays and records are opened when first needed.
 
-    mmap: map the arrays into memory (many readers share one copy) instead of loading them.
+    mmap: map the arrays into memory (many readers share one copy) instead of loading them. about: expected checksum of
+    ``part.json``, if it is known. What is read is compared with its checksum (features at every read, captions and class
+    tokens at the first); all methods raise :class:`MotionRAGError` for damaged files.
     Raises :class:`MotionRAGError` if a file is missing or of another size than written.
     """
 
-    def __init__(self, path: str | Path, mmap: bool = True) -> None:
+    def __init__(self, path: str | Path, mmap: bool = True, about: str | None = None) -> None:
         self.path = Path(path)
-        self.about = read_about(self.path)
+        self.about = read_about(self.path, about)
         for name, file in self.about["files"].items():
-            size = (self.path / name).stat().st_size if (self.path / name).is_file() else None
+            try:
+                size = os.stat(f"{self.path}/{name}").st_size
+            except OSError:
+                size = None
             if size != file["bytes"]:
                 raise MotionRAGError(
                     f"{self.path / name}: {'missing' if size is None else f'{size} bytes'}, expected "
-                    f"{file['bytes']} bytes; copy the database again or delete {self.path.name} and encode again"
+                    f"{file['bytes']} bytes; copy the database again or delete {self.path.name}, encode and index again"
                 )
         self._mmap = mmap
         self._arrays: dict[str, np.ndarray] = {}
+        self._compared: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:
         return self.about["clips"]
@@ -208,17 +229,51 @@ class Part:
     @cached_property
     def clips(self) -> list[dict[str, Any]]:
         """The records, read when first needed."""
-        return read_json(self.path / "clips.json")
+        return self.read_clips()
 
-    def features(self, name: str, index: Any) -> torch.Tensor:
-        """``motion`` (n,N,D) or ``appearance`` (n,M,E) at ``index`` into clips and tokens, as float32 (...,D)."""
-        stored = self.array(name)[index]
-        return unpack(stored, self.array(f"{name}_step")[index] if stored.dtype == np.int8 else None)
+    def read_clips(self) -> list[dict[str, Any]]:
+        """The records, read anew."""
+        data = (self.path / "clips.json").read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.about["files"]["clips.json"]["sha256"]:
+            raise MotionRAGError(self._damaged("clips.json"))
+        return json.loads(data)
 
-    @property
-    def caption(self) -> np.ndarray:
-        """(n,W) float32."""
-        return self.array("caption")
+    def features(self, name: str, row: int) -> torch.Tensor:
+        """``motion`` (N,D) or ``appearance`` (M,E) of a clip, float32."""
+        return unpack(*self.stored(name, row))
+
+    def stored(self, name: str, row: int) -> list[np.ndarray]:
+        """The same as it is stored: the values, and for int8 their steps (N,) or (M,)."""
+        values = [array[row] for array in self._with_steps(name)]
+        self._compare(name, row, *values)
+        return values
+
+    def class_tokens(self, rows: Any) -> np.ndarray:
+        """The first token of appearance (r,E) of clips ``rows``, float32."""
+        values = [array[rows, 0] for array in self._with_steps("appearance")]
+        self._compare_once("class_token", rows, *values)
+        return unpack(*values).numpy()
+
+    def captions(self, rows: Any) -> np.ndarray:
+        """Embeddings (r,W) float32 of the motion captions of clips ``rows``."""
+        values = self.array("caption")[rows]
+        self._compare_once("caption", rows, values)
+        return values
+
+    def _with_steps(self, name: str) -> list[np.ndarray]:
+        return [self.array(n) for n in (name, f"{name}_step") if f"{n}.npy" in self.about["files"]]
+
+    def _compare(self, name: str, row: int, *values: np.ndarray) -> None:
+        if "sums.npy" in self.about["files"] and checksum(*values) != self.array("sums")[name][row]:
+            file = {"class_token": "appearance.npy", "preview": "preview.bin"}.get(name, f"{name}.npy")
+            raise MotionRAGError(self._damaged(file, f" at clip '{self.clips[row]['id']}'"))
+
+    def _compare_once(self, name: str, rows: Any, *values: np.ndarray) -> None:
+        compared = self._compared.setdefault(name, np.zeros(len(self), bool))
+        places = np.arange(len(self))[rows]
+        for at in np.flatnonzero(~compared[places]).tolist():
+            self._compare(name, int(places[at]), *(stored[at] for stored in values))
+        compared[places] = True
 
     @cached_property
     def _previews(self) -> np.ndarray:
@@ -228,20 +283,19 @@ class Part:
     def array(self, name: str) -> np.ndarray:
         """One of the arrays as it is stored, opened when first needed."""
         if name not in self._arrays:
-            file = self.path / f"{name}.npy"
-            try:
-                self._arrays[name] = np.load(file, mmap_mode="r" if self._mmap else None)
-            except ValueError as error:
-                raise MotionRAGError(
-                    f"{file} is damaged ({error}); motionrag index verify says more"
-                ) from error
+            found = read_npy(self.path / f"{name}.npy", self._mmap)
+            if len(found) != len(self) or (name == "sums" and found.dtype != SUMS):
+                raise MotionRAGError(self._damaged(f"{name}.npy"))
+            self._arrays[name] = found
         return self._arrays[name]
 
     def jpeg(self, row: int) -> bytes:
         """The preview strip of one clip as it is stored."""
         ends = self.array("preview_ends")
         start = int(ends[row - 1]) if row else 0
-        return self._previews[start : int(ends[row])].tobytes()
+        data = self._previews[start : int(ends[row])].tobytes()
+        self._compare("preview", row, np.frombuffer(data, np.uint8))
+        return data
 
     def preview(self, row: int) -> np.ndarray:
         """Preview frames of one clip, uint8 (P,h,w,3)."""
@@ -249,24 +303,56 @@ class Part:
         frames = self.about["preview_frames"]
         return strip.reshape(strip.shape[0], frames, -1, 3).transpose(1, 0, 2, 3)
 
+    def _damaged(self, name: str, where: str = "") -> str:
+        return (
+            f"{self.path / name} is damaged{where}: its checksum is another one; motionrag index verify looks for more; "
+            f"copy it again, or delete the folder {self.path}, encode and index again"
+        )
+
     def verify(self) -> None:
         """Compare every file's checksum; raises :class:`MotionRAGError` naming the damaged one."""
         for name, file in self.about["files"].items():
             if sha256(self.path / name) != file["sha256"]:
-                raise MotionRAGError(
-                    f"{self.path / name} is damaged: its checksum is not the one in {PART_FILE}; delete the "
-                    f"folder {self.path} and run motionrag encode again"
-                )
+                raise MotionRAGError(self._damaged(name))
 
 
-def read_about(path: Path) -> dict[str, Any]:
-    """``part.json`` of a part; raises :class:`MotionRAGError` if it is not there or not readable."""
+def read_about(path: Path, checksum: str | None = None) -> dict[str, Any]:
+    """``part.json`` of a part; raises :class:`MotionRAGError` if it is missing, not readable or has another checksum."""
     try:
-        return read_json(path / PART_FILE)
+        data = (path / PART_FILE).read_bytes()
+        about = json.loads(data)
     except (FileNotFoundError, ValueError) as error:
         raise MotionRAGError(
             f"{path / PART_FILE} is missing or damaged; delete the folder {path} and run motionrag encode again"
         ) from error
+    if checksum is not None and hashlib.sha256(data).hexdigest() != checksum:
+        raise MotionRAGError(
+            f"{path / PART_FILE} is not the one that was indexed: damaged, or encoded again since; copy the database "
+            f"again, or run motionrag index db={path.parent.parent}"
+        )
+    return about
+
+
+def read_npy(file: str | Path, mmap: bool, name: Path | None = None) -> np.ndarray:
+    """A .npy file, mapped into memory or loaded; raises :class:`MotionRAGError` (with ``name``) if it is damaged."""
+    try:
+        return np.load(file, mmap_mode="r" if mmap else None)
+    except OSError:
+        raise
+    except Exception as error:  # the header is a Python expression: a flipped byte there may raise anything
+        said = " ".join(str(error).split())
+        raise MotionRAGError(
+            f"{name or file} is damaged ({said}); motionrag index verify says more"
+        ) from error
+
+
+def checksum(*values: np.ndarray) -> int:
+    """CRC-32 of arrays: their types, shapes and bytes. It sees any flipped bits that lie within 32 bits."""
+    total = 0
+    for value in values:
+        total = zlib.crc32(f"{value.dtype.str}{value.shape}".encode(), total)
+        total = zlib.crc32(np.ascontiguousarray(value), total)
+    return total
 
 
 class _NpyFile:

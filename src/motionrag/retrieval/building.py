@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from motionrag.errors import MotionRAGError
-from motionrag.io import read_json, sha256, write_json
+from motionrag.io import sha256, write_json
 from motionrag.retrieval import catalog
 from motionrag.retrieval.bank import FEATURES, PART_FILE, PARTS, Part, write_npy, writer_lock
 from motionrag.retrieval.database import (
@@ -19,10 +19,10 @@ from motionrag.retrieval.database import (
     MANIFEST,
     SCHEMA,
     STORE,
-    captions_of,
     gather,
     read_manifest,
     read_store,
+    signed,
 )
 from motionrag.retrieval.index import CaptionIndex, build_index
 from motionrag.retrieval.neighbours import Captions, nearest
@@ -43,7 +43,7 @@ class Entry:
 
     def clips(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Numbers and records of the clips that are there."""
-        clips = read_json(self.part.path / "clips.json")  # read every time: a million of them fill the memory
+        clips = self.part.read_clips()  # read every time: a million of them fill the memory
         for row in self.rows.tolist():
             yield self.start + row, clips[row]
 
@@ -62,7 +62,7 @@ class Contents:
     def fetch(self, numbers: np.ndarray) -> np.ndarray:
         """Caption embeddings (m,W) of clip numbers (m,)."""
         starts = np.array([entry.start for entry in self.entries])
-        return gather(lambda index: self.entries[index].part, starts, numbers, captions_of)
+        return gather(lambda index: self.entries[index].part, starts, numbers, Part.captions)
 
     def captions(self, index: CaptionIndex, near_duplicate: float | None) -> Captions:
         """What neighbours are searched in."""
@@ -172,34 +172,36 @@ def publish(
     store = read_store(path)
     full = next(entry.part for entry in contents.entries if len(entry.part))
     columns = catalog.schema(clip for _, clip in contents.clips())
-    manifest = {
-        "schema": SCHEMA,
-        "clips": len(table),
-        "encoders": store["encoders"],
-        "sampling": store["sampling"],
-        "shapes": {name: list(full.array(name).shape[1:]) for name in (*FEATURES, "caption")},
-        "stored": _stored([entry.part for entry in contents.entries]),
-        "parts": [
-            {
-                "name": entry.part.path.name,
-                "clips": len(entry.part),
-                "start": entry.start,
-                "removed": [int(row) for row in entry.removed],
-                "about": sha256(entry.part.path / PART_FILE),
-                "files": entry.part.about["files"],
-            }
-            for entry in contents.entries
-        ],
-        "skipped": sum(len(entry.part.about["skipped"]) for entry in contents.entries),
-        "store": sha256(path / STORE),
-        "catalog": _put(path, "catalog", lambda file: catalog.write(file, contents.clips(), columns)),
-        "index": {**about_index, **_put(path, "index", index.save)},
-        "neighbours": {
-            "k": table.shape[1],
-            "near_duplicate": near_duplicate,
-            **_put(path, "neighbours", lambda file: write_npy(file, table)),
-        },
-    }
+    manifest = signed(
+        {
+            "schema": SCHEMA,
+            "clips": len(table),
+            "encoders": store["encoders"],
+            "sampling": store["sampling"],
+            "shapes": {name: list(full.array(name).shape[1:]) for name in (*FEATURES, "caption")},
+            "stored": _stored([entry.part for entry in contents.entries]),
+            "parts": [
+                {
+                    "name": entry.part.path.name,
+                    "clips": len(entry.part),
+                    "start": entry.start,
+                    "removed": [int(row) for row in entry.removed],
+                    "about": sha256(entry.part.path / PART_FILE),
+                    "files": entry.part.about["files"],
+                }
+                for entry in contents.entries
+            ],
+            "skipped": sum(len(entry.part.about["skipped"]) for entry in contents.entries),
+            "store": sha256(path / STORE),
+            "catalog": _put(path, "catalog", lambda file: catalog.write(file, contents.clips(), columns)),
+            "index": {**about_index, **_put(path, "index", index.save)},
+            "neighbours": {
+                "k": table.shape[1],
+                "near_duplicate": near_duplicate,
+                **_put(path, "neighbours", lambda file: write_npy(file, table)),
+            },
+        }
+    )
     write_json(path / MANIFEST, manifest)
     kept = {manifest[role]["file"] for role in FILES}
     for name in FILES.values():  # what earlier manifests named, and what killed writers left

@@ -40,11 +40,12 @@ def write(path: Path, clips: Iterable[tuple[int, dict[str, Any]]], columns: pa.S
             writer.write_batch(_batch(pending, columns))
 
 
-def read(path: Path) -> pa.Table:
-    """Map a table. Raises :class:`MotionRAGError` if it is missing or damaged."""
+def read(file: str | Path, name: Path | None = None) -> pa.Table:
+    """Map a table. Raises :class:`MotionRAGError` (with ``name``, if given) if it is missing or damaged."""
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (OSError, pa.ArrowInvalid) as error:
+        return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+    except (OSError, pa.ArrowException) as error:
+        path = name or Path(file)
         raise MotionRAGError(
             f"{path}: missing or damaged; run motionrag index db={path.parent} (motionrag index verify says more)"
         ) from error
@@ -60,8 +61,13 @@ def schema(clips: Iterable[dict[str, Any]]) -> pa.Schema:
 
 
 def record(clips: pa.Table, row: int) -> dict[str, Any]:
-    """All that is known about one clip."""
-    return json.loads(clips[RECORD][row].as_py())
+    """All that is known about one clip. Raises :class:`MotionRAGError` if that is damaged."""
+    try:
+        return json.loads(clips[RECORD][row].as_py())
+    except ValueError as error:
+        raise MotionRAGError(
+            f"the clip table is damaged at its row {row} ({error}); copy it again (motionrag index verify db=DB says more)"
+        ) from error
 
 
 def columns(clips: pa.Table) -> list[str]:

@@ -25,6 +25,7 @@ from motionrag.retrieval.database import (
     RetrievalDatabase,
     about_encoder,
     about_motion,
+    compare,
     difference,
     read_manifest,
     read_store,
@@ -52,8 +53,8 @@ def add(path: str | Path, others: Iterable[str | Path], replace: bool = False) -
 def remove(path: str | Path, ids: Collection[str]) -> dict[str, Any]:
     """Remove clips from the database ``path``; returns the new manifest.
 
-    Their features are not found any more; the disk space comes back when all clips of a part that was added
-    are gone, or with :func:`merge`. Raises :class:`MotionRAGError` for unknown ids, all ids, an hnsw index or
+    Their features are not found any more; the disk space comes back with the change that follows when all clips of
+    a part that was added are gone, or with :func:`merge`. Raises :class:`MotionRAGError` for unknown ids, all ids, an hnsw index or
     another process that writes.
     """
     path = Path(path)
@@ -166,7 +167,7 @@ class _Change:
                 f"db={path} was indexed by an older version; run motionrag index db={path} first"
             )
         self.entries = [
-            Entry(Part(path / PARTS / part["name"]), part["start"], part["removed"])
+            Entry(Part(path / PARTS / part["name"], about=part.get("about")), part["start"], part["removed"])
             for part in self.manifest["parts"]
         ]
         self.numbers = {clip["id"]: number for entry in self.entries for number, clip in entry.clips()}
@@ -176,7 +177,7 @@ class _Change:
 
     def __enter__(self) -> _Change:
         known = {part["name"] for part in self.manifest["parts"]}
-        for folder in (self.path / PARTS).glob(f"{ADDED}*"):  # of a change that was killed
+        for folder in (self.path / PARTS).glob(f"{ADDED}*"):  # of a change that was killed, or emptied by one
             if folder.name not in known:
                 shutil.rmtree(folder)
         return self
@@ -228,6 +229,9 @@ class _Change:
         """Update index and neighbours and write the new manifest."""
         if not self.numbers:
             raise MotionRAGError(f"db={self.path} would have no clip left; delete the folder instead")
+        for role in ("index", "neighbours"):  # else damage would get a checksum of its own
+            file = self.path / self.manifest[role]["file"]
+            compare(file, file, self.manifest[role]["sha256"])
         about, table = self.manifest["index"], np.load(self.path / self.manifest["neighbours"]["file"])
         empty = [entry for entry in self.entries if _added(entry) and not len(entry.rows)]
         # the last part stays: the next number follows from it
@@ -246,11 +250,8 @@ class _Change:
         table = np.concatenate([table, nearest(captions, new, table.shape[1])])
         about = {key: value for key, value in about.items() if key not in ("file", "sha256")}
         near_duplicate = self.manifest["neighbours"].get("near_duplicate")
-        manifest = publish(self.path, contents, index, about, table, near_duplicate)
-        for entry in empty:
-            if entry not in self.entries:
-                shutil.rmtree(entry.part.path)
-        return manifest
+        # a part that the manifest does not name any more goes with the next change: readers may have it open
+        return publish(self.path, contents, index, about, table, near_duplicate)
 
 
 def _added(entry: Entry) -> bool:

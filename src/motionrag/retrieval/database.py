@@ -8,7 +8,9 @@ is written last: whenever a writer is killed, the database is the old one or the
 
 from __future__ import annotations
 
+import json
 import os
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +23,9 @@ from torch import nn
 
 from motionrag.encoders import fingerprint
 from motionrag.errors import MotionRAGError
-from motionrag.io import read_json
+from motionrag.io import json_text, read_json, sha256, text_sha256
 from motionrag.retrieval import catalog
-from motionrag.retrieval.bank import PARTS, Part
+from motionrag.retrieval.bank import PARTS, Part, read_npy
 from motionrag.retrieval.index import CaptionIndex, exact_search
 
 SCHEMA = "motionrag.database/1"
@@ -35,6 +37,10 @@ RESAMPLER = "resampler"
 FILES = {"catalog": "clips.arrow", "index": "index.faiss", "neighbours": "neighbours.npy"}
 #: A filter that leaves no more clips than this is searched clip by clip: exact, and as fast.
 FEW = 10_000
+#: Filters whose clips are remembered.
+CHOICES = 8
+#: Bytes of an index up to which its checksum is compared before the first search: it takes about a second.
+COMPARED = 2_000_000_000
 
 Where = str | Sequence[str] | None
 
@@ -52,16 +58,31 @@ class RetrievalDatabase:
     path: the folder. mmap: map features and index into memory instead of loading them.
     Raises :class:`MotionRAGError` when the folder is not a complete database.
 
-    Opening reads the manifest and the sizes of the files; everything else is read when first needed. Can be
-    pickled (a worker process maps the files anew); search only in the main process.
+    Opening reads the manifest and the clip table, and opens index and neighbours: a writer that replaces them does not
+    disturb. What is read is compared with its checksum, a part's sizes when it is first needed; damage raises
+    :class:`MotionRAGError`. Can be pickled (a worker process maps the files anew); search only in the main process.
     """
 
     def __init__(self, path: str | Path, mmap: bool = True) -> None:
         self.path = Path(path)
         self.mmap = mmap
         self.manifest = read_manifest(self.path)
+        while True:
+            try:
+                self._files = {role: self._hold(role) for role in FILES if role in self.manifest}
+                break
+            except FileNotFoundError as error:
+                before, self.manifest = self.manifest, read_manifest(self.path)
+                if before == self.manifest:  # else a writer came in between
+                    raise MotionRAGError(
+                        f"{error.filename}: missing; copy the database again or run motionrag index db={self.path}"
+                    ) from error
+        there = {folder.name for folder in (self.path / PARTS).glob("*")}
         for part in self.manifest["parts"]:
-            _check_sizes(self.path / PARTS / part["name"], part["files"])
+            if part["name"] not in there:
+                raise MotionRAGError(
+                    f"{self.path / PARTS / part['name']}: missing; copy the database again, or encode and index again"
+                )
         sizes = [part["clips"] for part in self.manifest["parts"]]
         cumulated = np.cumsum([0, *sizes[:-1]])  # of databases older than starts
         self._starts = np.array(
@@ -76,9 +97,22 @@ class RetrievalDatabase:
                 f"run motionrag index db={self.path} again"
             )
 
+    def _hold(self, role: str) -> str:
+        """Open a file; returns a path to it that stays when a writer removes the file's name."""
+        descriptor = os.open(self.path / self.manifest[role]["file"], os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        return f"/dev/fd/{descriptor}"
+
+    def _compared(self, role: str) -> tuple[str, Path]:
+        """Path and name of an open file, after a look at its checksum."""
+        held, about = self._files[role], self.manifest[role]
+        if role != "index" or os.stat(held).st_size <= COMPARED:
+            compare(held, self.path / about["file"], about["sha256"])
+        return held, self.path / about["file"]
+
     def _read_catalog(self) -> pa.Table:
         if "catalog" in self.manifest:
-            return catalog.read(self.path / self.manifest["catalog"]["file"])
+            return catalog.read(*self._compared("catalog"))
         parts = range(len(self.manifest["parts"]))
         return catalog.table(
             (int(self._starts[part]) + row, clip)
@@ -112,8 +146,8 @@ class RetrievalDatabase:
 
     def _part(self, part: int) -> Part:
         if part not in self._opened:
-            path = self.path / PARTS / self.manifest["parts"][part]["name"]
-            self._opened[part] = Part(path, self.mmap)
+            about = self.manifest["parts"][part]
+            self._opened[part] = Part(self.path / PARTS / about["name"], self.mmap, about.get("about"))
         return self._opened[part]
 
     def _place(self, clip_id: str) -> tuple[Part, int]:
@@ -226,11 +260,11 @@ class RetrievalDatabase:
             self._part,
             self._starts,
             numbers,
-            lambda part, rows: part.features("appearance", (rows, 0)).numpy(),
+            Part.class_tokens,
         )
 
     def _fetch(self, numbers: np.ndarray) -> np.ndarray:
-        return gather(self._part, self._starts, numbers, captions_of)
+        return gather(self._part, self._starts, numbers, Part.captions)
 
     def preview(self, clip_id: str) -> np.ndarray:
         """A few frames of the clip, uint8 (P,h,w,3), spread over its length, first and last included."""
@@ -241,13 +275,14 @@ class RetrievalDatabase:
 
     @cached_property
     def index(self) -> CaptionIndex:
-        """The caption index, opened when first needed."""
-        return CaptionIndex.load(self.path / self.manifest["index"]["file"], self.mmap, self._fetch)
+        """The caption index, read when first needed."""
+        file, name = self._compared("index")
+        return CaptionIndex.load(file, self.mmap, self._fetch, name)
 
     @cached_property
     def _neighbours(self) -> np.ndarray:
-        file = self.path / self.manifest["neighbours"]["file"]
-        table = np.load(file, mmap_mode="r" if self.mmap else None)
+        file, name = self._compared("neighbours")
+        table = read_npy(file, self.mmap, name)
         return table["number"] if table.dtype.names else table
 
     def neighbours(self, clip_id: str, k: int, exclude: Collection[str] = frozenset()) -> list[str]:
@@ -287,7 +322,13 @@ class RetrievalDatabase:
             self.neighbours(self.ids[row], k, exclude)
 
     def _named(self, numbers: np.ndarray) -> list[str]:
-        return [self.ids[row] for row in np.searchsorted(self._numbers, numbers)]
+        rows = np.searchsorted(self._numbers, numbers).clip(max=len(self) - 1)
+        if (self._numbers[rows] != numbers).any():
+            raise MotionRAGError(
+                f"{self.path}: its index or its neighbours name clips that it does not have; run motionrag index "
+                f"db={self.path}"
+            )
+        return [self.ids[row] for row in rows]
 
     def search(
         self, queries: np.ndarray, k: int, exclude: Collection[str] = frozenset(), where: Where = None
@@ -304,20 +345,19 @@ class RetrievalDatabase:
                 f"the query's embedding has width {queries.shape[1]}, the captions of {self.path} have width "
                 f"{width} ({self.manifest['encoders']['caption']['name']}); use the database's caption encoder"
             )
-        rows = self.candidates(k, exclude, where)
-        if where and len(rows) <= FEW:
+        excluded = self._numbers[self._known(exclude)]
+        left = self.left(k, exclude, where)
+        if where and left <= FEW:
+            rows = self.candidates(k, exclude, where)
             numbers, scores = exact_search(queries, self._numbers[rows], self._fetch, k)
         else:
-            mask = excluded = None
-            if where:
-                mask = np.zeros(int(self._numbers[-1]) + 1, bool)
-                mask[self._numbers[rows]] = True
-            elif exclude:
-                excluded = self._numbers[[self._rows[clip_id] for clip_id in exclude if clip_id in self]]
-            numbers, scores = self.index.search(queries, k, excluded, mask)
+            numbers, scores = self.index.search(
+                queries, k, excluded, self._chosen(where)[1] if where else None
+            )
         # an approximate index may come back with less than there is
         short = np.flatnonzero((numbers < 0).any(1))
         if len(short):
+            rows = self.candidates(k, exclude, where)
             numbers[short], scores[short] = exact_search(queries[short], self._numbers[rows], self._fetch, k)
         return [(self._named(line), values) for line, values in zip(numbers, scores, strict=True)]
 
@@ -326,11 +366,41 @@ class RetrievalDatabase:
 
         Raises :class:`MotionRAGError` if they are fewer than ``k`` >= 1.
         """
-        left = catalog.select(self._clips, where or [])
-        left[[self._rows[clip_id] for clip_id in exclude if clip_id in self]] = False
-        rows = np.flatnonzero(left)
-        check_depth(self, k, len(self) - len(rows))
-        return rows
+        self.left(k, exclude, where)
+        left = self._chosen(where)[0].copy() if where else np.ones(len(self), bool)
+        left[self._known(exclude)] = False
+        return np.flatnonzero(left)
+
+    def _known(self, ids: Collection[str]) -> list[int]:
+        """Places in ``ids`` of those clips that are there, each once."""
+        return [self._rows[clip_id] for clip_id in set(ids) if clip_id in self]
+
+    def left(self, k: int, exclude: Collection[str], where: Where) -> int:
+        """How many clips may be found; raises :class:`MotionRAGError` if they are fewer than ``k`` >= 1."""
+        known, left = self._known(exclude), len(self)
+        if where:
+            chosen = self._chosen(where)[0]
+            left = np.count_nonzero(chosen) - np.count_nonzero(chosen[known])
+        else:
+            left -= len(known)
+        check_depth(self, k, len(self) - left)
+        return left
+
+    def _chosen(self, where: Where) -> tuple[np.ndarray, np.ndarray]:
+        """Which clips meet the conditions, (n,) bool, and the same by number; of the conditions asked for last."""
+        key = (where,) if isinstance(where, str) else tuple(where)
+        if key not in self._choices:
+            chosen = catalog.select(self._clips, key)
+            by_number = np.zeros(int(self._numbers[-1]) + 1, bool)
+            by_number[self._numbers] = chosen
+            if len(self._choices) == CHOICES:
+                self._choices.pop(next(iter(self._choices)))
+            self._choices[key] = chosen, by_number
+        return self._choices[key]
+
+    @cached_property
+    def _choices(self) -> dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
+        return {}
 
     def check_encoders(self, encoders: Mapping[str, Identified]) -> None:
         """Make sure that the features were made by these encoders (any of motion, appearance, caption).
@@ -394,7 +464,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
         raise MotionRAGError(f"db={path}: no {MANIFEST} there; {what}")
     try:
-        manifest = read_json(path / MANIFEST)
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        # earlier versions have none
+        checksum = manifest.get("checksum") if isinstance(manifest, dict) else None
+        if checksum is not None and text_sha256(text.replace(str(checksum), "", 1)) != checksum:
+            raise ValueError("its checksum is another one")
     except ValueError as error:
         raise MotionRAGError(
             f"{path / MANIFEST}: damaged ({error}); copy the database again, or delete this file and run "
@@ -405,6 +480,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path / MANIFEST}: expected schema {SCHEMA}; encode and index the shards again"
         )
     return manifest
+
+
+def compare(file: str | Path, name: Path, checksum: str) -> None:
+    """Raise :class:`MotionRAGError` (with ``name``) if a file of a database has another checksum than its manifest says."""
+    if sha256(file) != checksum:
+        raise MotionRAGError(
+            f"{name} is damaged: its checksum is not the one in {MANIFEST}; copy it again, or run motionrag index "
+            f"db={name.parent} (motionrag index verify looks for more)"
+        )
+
+
+def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with the checksum of its text in it, first of all."""
+    return {"checksum": text_sha256(json_text({"checksum": "", **manifest})), **manifest}
 
 
 def difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
@@ -431,20 +520,6 @@ def about_motion(encoders: Mapping[str, Any]) -> str:
     return f"motion tokens of the Resampler {about_encoder(encoders[RESAMPLER])}"
 
 
-def _check_sizes(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Every file there and of the size written? Contents are for ``motionrag index verify``."""
-    for name, file in files.items():
-        try:
-            size = os.stat(f"{folder}/{name}").st_size
-        except OSError:
-            size = None
-        if size != file["bytes"]:
-            raise MotionRAGError(
-                f"{folder / name}: {'missing' if size is None else f'{size} bytes'}, expected {file['bytes']} "
-                f"bytes; copy the database again, or delete {folder.name}, encode and index again"
-            )
-
-
 def gather(
     part: Callable[[int], Part],
     starts: np.ndarray,
@@ -463,8 +538,3 @@ def gather(
             found = np.empty((len(numbers), *values.shape[1:]), values.dtype)
         found[mine] = values
     return np.empty((0, 0), np.float32) if found is None else found
-
-
-def captions_of(part: Part, rows: Any) -> np.ndarray:
-    """Caption embeddings of rows of a part."""
-    return part.caption[rows]

@@ -126,17 +126,20 @@ class CaptionIndex:
             faiss.write_index(self.index, faiss.PyCallbackIOWriter(file.write))
 
     @classmethod
-    def load(cls, path: str | Path, mmap: bool = True, fetch: Fetch | None = None) -> CaptionIndex:
+    def load(
+        cls, path: str | Path, mmap: bool = True, fetch: Fetch | None = None, name: Path | None = None
+    ) -> CaptionIndex:
         """Read an index; with ``mmap`` without loading it, and only to be searched.
 
-        Raises :class:`MotionRAGError` if it cannot be read.
+        Raises :class:`MotionRAGError` (with ``name``, if given) if it cannot be read.
         """
         flags = faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY if mmap else 0
         try:
             return cls(faiss.read_index(str(path), flags), fetch)
         except (RuntimeError, StopIteration) as error:
+            file = name or Path(path)
             raise MotionRAGError(
-                f"{path}: missing or not a FAISS index; run motionrag index db={Path(path).parent}"
+                f"{file}: missing or not a FAISS index; run motionrag index db={file.parent}"
             ) from error
 
     def __len__(self) -> int:

@@ -62,7 +62,7 @@ class TextRetriever:
         embedding = _array(self.encoder.encode([query])[0] if isinstance(query, str) else query)
         if not self.diversity:
             return self.db.search(embedding, k, exclude, self.where)[0]
-        count = min(WEIGHED * k, len(self.db.candidates(k, exclude, self.where)))
+        count = min(WEIGHED * k, self.db.left(k, exclude, self.where))
         ids, scores = self.db.search(embedding, count, exclude, self.where)[0]
         rows = diverse(self.db.caption_vectors(ids), scores, k, self.diversity)
         return [ids[row] for row in rows], scores[rows]
@@ -93,7 +93,7 @@ class LateInteractionRetriever:
         if not len(words):
             got = "one without words" if isinstance(query, str) else "an embedding"
             raise MotionRAGError(f"late interaction compares words: expected a text as query, got {got}")
-        count = min(max(self.pool, k), len(self.db.candidates(k, exclude, self.where)))
+        count = min(max(self.pool, k), self.db.left(k, exclude, self.where))
         ids, _ = self.nearest.retrieve(query, count, exclude)
         captions = [self.db.motion_caption(clip_id) for clip_id in ids]
         distinct = list(dict.fromkeys(captions))
@@ -156,7 +156,7 @@ class TextImageRetriever:
         self, query: Query, k: int, exclude: Set[str] = frozenset(), image: torch.Tensor | None = None
     ) -> tuple[list[str], np.ndarray]:
         look = class_token(self.appearance, image)
-        count = min(max(self.pool, k), len(self.db.candidates(k, exclude, self.where)))
+        count = min(max(self.pool, k), self.db.left(k, exclude, self.where))
         ids, _ = self.text.retrieve(query, count, exclude)
         scores = _directions(self.db.class_tokens(ids)) @ look
         order = np.argsort(-scores, kind="stable")[:k]
