@@ -97,9 +97,8 @@ def test_a_release_brings_backbone_and_weights_to_a_protocol(tmp_path, monkeypat
     with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf_dir())):
         cfg = compose("evaluate", overrides=words)
         assert cfg.backbone.name == "svd" and cfg.weights.adapter == "x" and cfg.guidance == 3.0
-        running = HydraConfig()  # as inside `motionrag evaluate`
-        running.set_config(compose("evaluate", overrides=words, return_hydra_config=True))
-        monkeypatch.setattr(HydraConfig, "instance", lambda: running)
+        running = compose("evaluate", overrides=words, return_hydra_config=True)
+        monkeypatch.setattr(HydraConfig.instance(), "cfg", running)  # as inside `motionrag evaluate`
         assert changes(cfg) == []
         (note,) = changes(compose("evaluate", overrides=[*words, "backbone.min_guidance=1", "cama.depth=6"]))
         assert note == "not the protocol openvid1k: changed backbone.min_guidance=1, cama.depth=6"
@@ -123,13 +122,13 @@ def test_a_changed_protocol_says_so():
         ("backbone.sampler=dpm", "backbone.sampler=dpm"),
         ("backbone.fps=12", "backbone.fps=12"),
         ("backbone.frames=5", "backbone.frames=5"),
-        ("backbone=svd_tiny", "backbone=motionrag.backbones.svd.SVD.tiny"),
+        ("backbone=svd_tiny", "backbone=motionrag.backbones.svd.SVD.tiny, motion_adapter.query=hidden"),
         ("encoders.motion.path=other", "encoders.motion.path=other"),
         ("metrics.fvd.num_features=9", "metrics.fvd.num_features=9"),
         ("fusion=top1", "fusion=top1"),
         ("make=[]", "make="),
         ("~cama", "cama=None"),
-        ("motion_adapter=reference", "motion_adapter.zero_init=False"),
+        ("motion_adapter=reference", "motion_adapter.init=reference"),
         ("backbone.path=mine", None),
         ("weights.adapter=mine", None),
         ("batch_size=1", None),

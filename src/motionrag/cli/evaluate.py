@@ -256,11 +256,13 @@ def changes(cfg: DictConfig) -> list[str]:
     words = [f"protocol={cfg.protocol}"]
     if (name := cfg.backbone.get("name")) in cfg.get("sampling", ()):
         words.append(f"backbone={name}")  # one of those that the protocol has settings for
-    if HydraConfig.initialized() and "release" in (chosen := HydraConfig.get().runtime.choices):
-        words.append(f"+release={chosen['release']}")
+    if HydraConfig.initialized() and "release" in (running := HydraConfig.get()).runtime.choices:
+        words.append(f"+release={running.runtime.choices['release']}")
+        words += [word for word in running.overrides.hydra if word.startswith("hydra.searchpath=")]
     mine, theirs = (
-        OmegaConf.to_container(each, resolve=True) for each in (cfg, compose("evaluate", overrides=words))
-    )
+        OmegaConf.to_container(each, resolve=True) | {"make": OmegaConf.to_container(each.make)}
+        for each in (cfg, compose("evaluate", overrides=words))
+    )  # what `make` refers to has been compared where it stands
     changed = [
         f"{key}={value}"
         for name in sorted(mine.keys() | theirs.keys())
