@@ -107,12 +107,17 @@ def random_models(tmp_path_factory, random_encoders) -> list[str]:
         }
         about = {"sizes": {name: OmegaConf.to_container(cfg[name]) for name in ("resampler", "cama")}}
         save_weights(folder / f"{prefix}.safetensors", state, about)
+    name, value = next(
+        (n, p) for n, p in backbone.denoiser.named_parameters() if n.endswith("to_out.0.weight")
+    )
+    save_weights(folder / "finetuned.safetensors", {f"backbone.{name}": -value.detach()})
     return [
         *sizes,
         *(f"encoders.{role}.path={path}" for role, path in random_encoders.items()),
         f"backbone.path={folder}",
         f"weights.adapter={folder}/adapter.safetensors",
         f"weights.cama={folder}/cama.safetensors",
+        f"weights.finetuned={folder}/finetuned.safetensors",
     ]
 
 

@@ -203,7 +203,8 @@ def test_evaluate(run, tmp_path, world):
 
     metrics = json.loads((tmp_path / "scores/metrics.json").read_text())
     assert metrics.keys() >= {"conditions", "settings", "labels", "notes", "seconds", "spread", "differences"}
-    assert metrics["notes"] == ["one"] and metrics["settings"]["k"] == 2
+    assert metrics["notes"][0] == "one" and metrics["settings"]["k"] == 2
+    assert all("no better than a still image" in note for note in metrics["notes"][1:])  # random networks
     assert list(metrics["conditions"]) == list(CONDITIONS)
     clips = {clip["id"]: clip for clip in json.loads((tmp_path / "scores/clips.json").read_text())}
     count = {d: sum(c["domain"] == d for c in clips.values()) for d in ("known", "new")}
@@ -224,6 +225,8 @@ def test_evaluate(run, tmp_path, world):
             for metric in METRICS:
                 assert np.mean([float(row[metric]) for row in own]) == pytest.approx(values[metric])
 
+    scores = {row["condition"]: row["action_score"] for row in rows}
+    assert scores["finetuned"] != scores["backbone"]  # another network, from the same noise
     for clip in clips.values():
         assert clip["outputs"].keys() == clip["scores"].keys() == set(CONDITIONS)
         assert len(clip["references"]) == 2
