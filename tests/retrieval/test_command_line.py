@@ -66,7 +66,7 @@ def test_inspect_and_verify(run, write_store, tmp_path):
     assert "fake (width 6" in out and "kind flat" in out and "action" in out
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert (results["clips"], results["removed"], results["index"]["kind"]) == (6, 1, "flat")
-    assert "db is whole: 18 files" in run("index", "verify", "db=db")[1]
+    assert "db is whole: 20 files" in run("index", "verify", "db=db")[1]
     file = tmp_path / "db/parts/clips-1/motion.npy"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
