@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -184,10 +185,13 @@ def test_full_disk(sweep, capsys):
     assert table(sweep.folder)["k=1"]["state"] == "finished"
 
 
-def test_mistakes_start_nothing(sweep, capsys):
+def test_mistakes_start_nothing(sweep, tmp_path, capsys):
+    (tmp_path / "conf/size").mkdir()
+    (tmp_path / "conf/size/small.yaml").write_text("width: 8\n")
     for words, expected in (
         (["k=glob(*)"], "the sweep has no points, k=glob(*) matches nothing"),
         (["kk=1,2"], "unknown config key 'kk', did you mean 'k'?"),
+        (["+size=small,smal"], "unknown size 'smal', did you mean 'small'?"),  # the second of two points
     ):
         assert sweep(*words) == 2
         assert expected in one_line(capsys)
@@ -342,6 +346,45 @@ def test_points_at_the_same_time(sweep, tmp_path, motionrag):
     assert "motionrag sweep " in log and "sweep: 1 points, 1 finished" in log
 
 
+def test_retry_tries_each_failed_point_once_and_says_what_failed_again(sweep, tmp_path, motionrag):
+    def launches(sweep_of) -> list[str]:
+        log = tmp_path / "T" / sweeps.name_of({"what": f"[status,{sweep_of}]"}) / "sweep.log"
+        return [
+            line for line in log.read_text().splitlines() if "motionrag sweep " in line and "what=" in line
+        ]
+
+    assert sweep("k=1") == 0
+    for points in ("[status,S],[status,N]", "[status,S],[status,N],[status,M]"):
+        assert motionrag("sweep", f"what={points}", "-m", "hydra.sweep.dir=T").returncode == 2
+    assert [len(launches(name)) for name in "SNM"] == [1, 2, 1]
+    again = motionrag("sweep", "retry", "T")
+    assert again.returncode == 2
+    assert (
+        "error: 2 of 3 points are not finished, the first what=" in again.stderr
+        and "is no sweep" in again.stderr
+    )
+    assert [len(launches(name)) for name in "SNM"] == [1, 3, 2]
+    for name in "NM":
+        shutil.copytree(tmp_path / "S", tmp_path / name)
+    assert motionrag("sweep", "retry", "T").returncode == 0
+    assert {row["state"] for row in table(tmp_path / "T").values()} == {"finished"}
+
+
+def test_the_table_of_several_writers(sweep):
+    """Points that end while others are planned take nothing out of the plan."""
+
+    def plan(name):
+        sweeps.plan(sweep.folder, "retrieve", [], [[f"k={name}"]], ["k"])
+
+    threads = [threading.Thread(target=plan, args=(name,)) for name in range(12)]
+    for thread in threads:
+        thread.start()
+        sweep.folder.is_dir() and (sweep.folder / "sweep.json").is_file() and sweeps.write_table(sweep.folder)
+    for thread in threads:
+        thread.join()
+    assert len(table(sweep.folder)) == 12
+
+
 # ---------------------------------------------------------------- words
 
 
@@ -370,7 +413,14 @@ def test_short_names():
         ({"accelerator": "gpu", "devices": "auto"}, 4, 4),
         ({"accelerator": "gpu", "devices": -1}, 4, 4),
         ({"accelerator": "gpu", "devices": [0, 2]}, 4, 2),
+        (
+            {"accelerator": "cpu", "devices": 9},
+            0,
+            "9 processes wanted on the CPU, which takes 8 at most, 4 for each",
+        ),
         ({"accelerator": "auto", "devices": "auto"}, 0, 1),
+        ({"accelerator": "auto", "devices": 2}, 0, 2),
+        ({"accelerator": "auto", "devices": 9}, 0, "9 processes wanted on the CPU"),
         ({"accelerator": "gpu", "devices": "two"}, 4, 1),
         ({"accelerator": "gpu", "devices": 8}, 4, "8 GPUs wanted, 4 there"),
         ({"accelerator": "gpu", "devices": 4, "num_nodes": 2}, 4, "needs launcher=slurm, or torchrun"),
@@ -380,6 +430,7 @@ def test_how_many_processes(trainer, gpus, expected, monkeypatch):
     for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     if isinstance(expected, str):
         with pytest.raises(MotionRAGError, match=expected):
             launch.processes(OmegaConf.create(trainer))

@@ -6,6 +6,7 @@ What is left open on the command line or in `hydra.sweeper.params` is the search
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -80,8 +81,7 @@ class SearchSweeper(OpenSweeper):
         fixed, open_ = self.split(arguments)
         space = {key: distribution(override) for key, override in open_.items()}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        first = [f"{key}={_any(one)}" for key, one in space.items()]
-        self.validate_batch_is_legal([[*fixed, *first]])  # an unknown key leaves nothing behind
+        self.check([[*fixed, f"{key}={value}"] for key, one in space.items() for value in _some(one)])
         self.folder.mkdir(parents=True, exist_ok=True)
         found = study(self.folder, self.sampler, self.direction)
         if found.trials:
@@ -170,9 +170,9 @@ def distribution(override: Override) -> BaseDistribution:
     raise MotionRAGError(f"{override.input_line}: expected interval(LOW,HIGH), A,B,C or range(FIRST,LAST)")
 
 
-def _any(one: BaseDistribution) -> Any:
-    """A value of a distribution."""
-    return one.choices[0] if hasattr(one, "choices") else one.low
+def _some(one: BaseDistribution) -> Sequence[Any]:
+    """Values of a distribution: all choices, or a number."""
+    return one.choices if hasattr(one, "choices") else [one.low]
 
 
 class WandbSweeper(OpenSweeper):

@@ -55,10 +55,17 @@ class PointSweeper(BasicSweeper):
                 f"the sweep has no points, {', '.join(empty)} matches nothing: check the pattern and, for "
                 "configs outside conf/, hydra.searchpath"
             )
-        self.validate_batch_is_legal(points[:1])  # an unknown key leaves nothing behind
+        self.check(points)
         batch = self.plan(points, varied)
         size = max_batch_size or max(1, len(batch))
         return [batch[i : i + size] for i in range(0, len(batch), size)]
+
+    def check(self, points: list[list[str]]) -> None:
+        """Compose every point, before anything is written: a mistake in any of them leaves nothing behind."""
+        super().validate_batch_is_legal(points)
+
+    def validate_batch_is_legal(self, batch: list[list[str]]) -> None:
+        """Nothing: what Hydra would compose here was checked before it was planned."""
 
     def plan(self, points: list[list[str]], varied: list[str]) -> list[list[str]]:
         """Enter points into the table; the overrides of those that are still to run, with their folders."""
@@ -88,7 +95,12 @@ class PointSweeper(BasicSweeper):
         from motionrag import sweeps
 
         try:
-            return self.run(arguments)
+            done = self.run(arguments)
+            if (self.folder / "sweep.json").is_file():  # W&B's sweeps have none
+                sweeps.write_table(
+                    self.folder
+                )  # the last points of several machines may have written at once
+            return done
         except Exception as error:
             rows = sweeps.wait(self.folder, self.todo) if self.todo else []
             broken = [r for r in rows if r["name"] in self.todo and r["state"] in ("failed", "stopped")]

@@ -6,6 +6,7 @@
 
 import errno
 import io
+import logging
 import os
 import pickletools
 import warnings
@@ -26,6 +27,7 @@ from motionrag.modules.cama import CAMA
 from motionrag.modules.resampler import Resampler
 
 SCHEMA = "motionrag.weights/1"
+log = logging.getLogger(__name__)
 PREFIXES = ("resampler", "motion_adapter", "cama")
 
 
@@ -75,7 +77,7 @@ def save_weights(
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict and manifest of a weights file (`pkg:` names allowed).
+    """State dict and manifest of a weights file, or of a checkpoint of `motionrag train` (`pkg:` names allowed).
 
     Raises MotionRAGError when the file is missing, unreadable or not the one its manifest describes.
     """
@@ -83,10 +85,14 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise MotionRAGError(f"no weights file {path}: give the .safetensors that motionrag train wrote")
     if path.suffix == ".ckpt":
-        raise MotionRAGError(
-            f"{path} is no weights file: expected the .safetensors of a run's weights folder, or, for a published "
-            "checkpoint, what motionrag import makes of it"
-        )
+        held = read_checkpoint(path)
+        about = {**held["about"], "steps": held["global_step"]}
+        return held["state_dict"], {
+            "schema": SCHEMA,
+            "file": path.name,
+            "sha256": sha256(path),
+            "about": about,
+        }
     try:
         with safe_open(path, "pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -106,15 +112,40 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, manifest
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a run of `motionrag train` saved to go on from, mapped from the file.
+
+    Raises MotionRAGError for a damaged file and for any other one.
+    """
+    held = _unpickled(path)
+    if not isinstance(held, dict) or not {"state_dict", "optimizer_states", "loops", "about"} <= held.keys():
+        raise MotionRAGError(
+            f"{path} is no checkpoint of motionrag train: expected a .ckpt of a run's checkpoints folder. Weights alone "
+            "are the .safetensors of its weights folder or, of a published checkpoint, what motionrag import makes of it"
+        )
+    return held
+
+
 def read_pickled(path: Path) -> dict[str, Any]:
     """What a `.ckpt` file of Lightning, DeepSpeed or plain PyTorch holds by name, mapped from the file.
 
     Nothing that is in it is run. Raises MotionRAGError when there is anything but tensors and plain containers in it,
     when it is damaged, and when it holds nothing by name.
     """
+    content = _unpickled(path)
+    held = content if isinstance(content, dict) else {}
+    held = held.get("state_dict", held.get("module", held))  # of Lightning, of DeepSpeed
+    if not isinstance(held, dict) or not held or not all(isinstance(key, str) for key in held):
+        raise MotionRAGError(
+            f"{path} holds no tensors by name, neither at the top nor under state_dict or module"
+        )
+    return {key.removeprefix("_forward_module."): value for key, value in held.items()}
+
+
+def _unpickled(path: Path) -> Any:
     try:
         with warnings.catch_warnings(action="ignore"):  # what it warns of is said below, in words of ours
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except PermissionError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
@@ -133,15 +164,8 @@ def read_pickled(path: Path) -> dict[str, Any]:
                 "without running what is in it: save it again by torch.save"
             )
         else:
-            reason = "is not a whole checkpoint (damaged or cut off, or another kind of file): get it again"
+            reason = "is not a whole checkpoint (damaged or cut off, or another kind of file): get it again, or start without it"
         raise MotionRAGError(f"{path} {reason}") from error
-    held = content if isinstance(content, dict) else {}
-    held = held.get("state_dict", held.get("module", held))  # of Lightning, of DeepSpeed
-    if not isinstance(held, dict) or not held or not all(isinstance(key, str) for key in held):
-        raise MotionRAGError(
-            f"{path} holds no tensors by name, neither at the top nor under state_dict or module"
-        )
-    return {key.removeprefix("_forward_module."): value for key, value in held.items()}
 
 
 def _pickle_of(path: Path) -> bytes:
@@ -212,7 +236,10 @@ def check_state(
     where: str,
     advice: str = "choose the configuration it was trained with",
 ) -> None:
-    """Raise MotionRAGError naming the differing keys with their shapes unless both have the same of each."""
+    """Raise MotionRAGError naming the differing keys with their shapes unless both have the same of each.
+
+    The message names three of each kind, the log all.
+    """
     missing = [f"{k} {tuple(v.shape)}" for k, v in expected.items() if k not in found]
     extra = [f"{k} {tuple(v.shape)}" for k, v in found.items() if k not in expected]
     shapes = [
@@ -220,12 +247,16 @@ def check_state(
         for k, v in expected.items()
         if k in found and found[k].shape != v.shape
     ]
+    differing = {"of another size": shapes, "missing": missing, "unexpected": extra}
     parts = [
         f"{len(items)} {what}: {', '.join(items[:3])}{', ...' if len(items) > 3 else ''}"
-        for what, items in (("of another size", shapes), ("missing", missing), ("unexpected", extra))
+        for what, items in differing.items()
         if items
     ]
     if parts:
+        for what, items in differing.items():
+            if len(items) > 3:
+                log.info("%s, %d %s: %s", where, len(items), what, ", ".join(items))
         raise MotionRAGError(f"{where} does not fit this configuration ({'; '.join(parts)}): {advice}")
 
 

@@ -8,6 +8,7 @@ says who runs it and is touched while they do. The table can always be made agai
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import io
 import logging
@@ -32,6 +33,9 @@ DONE = ("finished", "pruned")  # pruned: a search saw that others were better
 LIVE = ("running", "queued")  # somebody works on it, or will without being asked
 BEAT = 30  # seconds between signs of life of a running point
 SILENT = 300  # seconds without one after which a point of another machine is taken for dead
+RETRY = (
+    "MOTIONRAG_RETRY"  # environment: when `motionrag sweep retry` began; points started since are left alone
+)
 
 
 def name_of(varied: dict[str, str]) -> str:
@@ -50,9 +54,29 @@ def plan(
 ) -> list[dict[str, Any]]:
     """Add `points` (override lists) to the sweep in `folder`; returns those that are still to run.
 
-    Finished and pruned points and those somebody works on stay as they are. Raises MotionRAGError when a point's folder belongs to
-    one with other settings.
+    Finished and pruned points and those somebody works on stay as they are. Raises MotionRAGError when a point's folder
+    belongs to one with other settings.
     """
+    with _alone(folder):
+        return _plan(folder, verb, launch, points, varied)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait for whoever reads and writes the table in `folder` now."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):  # somebody else's, to look at
+        yield
+        return
+    with (folder / ".lock").open("a+b") as file:
+        with suppress(OSError):  # a file system without locks; the sweep makes the table once more at its end
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _plan(
+    folder: Path, verb: str, launch: Sequence[str], points: Sequence[Sequence[str]], varied: Sequence[str]
+) -> list[dict[str, Any]]:
     path = folder / "sweep.json"
     sweep = read_plan(folder) if path.is_file() else {"schema": SCHEMA, "launches": [], "points": []}
     known = {point["name"]: point for point in sweep["points"]}
@@ -72,10 +96,13 @@ def plan(
     launched = {"verb": verb, "overrides": list(launch), "cwd": os.getcwd()}
     sweep["launches"] += [launched] if launched not in sweep["launches"] else []
     sweep["points"] = list(known.values())
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(path, sweep)
-    states = {row["name"]: row["state"] for row in write_table(folder)}
-    todo = [known[name] for name in names if states[name] not in (*DONE, *LIVE)]
+    states = {row["name"]: row["state"] for row in _write_table(folder)}
+    since = float(os.environ.get(RETRY, math.inf))
+    tried = {
+        name for name in names if (_read(folder / name / "state.json") or {}).get("started", -1) >= since
+    }
+    todo = [known[name] for name in names if states[name] not in (*DONE, *LIVE) and name not in tried]
     for point in todo:
         (folder / point["name"] / "state.json").unlink(missing_ok=True)  # it waits again
     return todo
@@ -197,6 +224,12 @@ def write_table(folder: Path) -> list[dict[str, Any]]:
     A row: name, parameters, seed, state (waiting, queued, running, finished, pruned, failed, stopped), step, metrics, seconds,
     error, folder, log. `stopped` was running and is not any more; `queued` waits in Slurm.
     """
+    read_plan(folder)  # no lock is left where there is no sweep
+    with _alone(folder):
+        return _write_table(folder)
+
+
+def _write_table(folder: Path) -> list[dict[str, Any]]:
     sweep = read_plan(folder)
     jobs = (
         _slurm_queue()

@@ -105,6 +105,20 @@ def test_continuing_a_run_gives_the_same_losses(world, tmp_path):
     )
 
 
+def test_the_best_checkpoint_is_a_weights_file_and_goes_on(world, tmp_path):
+    smoke(world, tmp_path / "run")
+    best, last = (tmp_path / "run/checkpoints" / name for name in ("best.ckpt", "last.ckpt"))
+    step = torch.load(best, weights_only=True)["global_step"]
+    smoke(world, tmp_path / "more", f"ckpt_path={best}", f"trainer.max_steps={step + 1}")
+    assert list(losses(tmp_path / "more")) == [step]
+
+    state, manifest = read_weights(last)
+    expected, whole = read_weights(tmp_path / "run/weights/adapter.safetensors")
+    assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
+    metrics = whole["about"].pop("metrics")
+    assert metrics and manifest["about"] == whole["about"]
+
+
 def test_wandb_offline(world, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     logger = train.wandb_logger(save_dir=str(tmp_path), project="motionrag", group="test")
@@ -120,6 +134,17 @@ def test_mistakes_get_one_line(world, tmp_path):
         train.run(config(*cama, run, *QUIET, "resampler.embedding_dim=768"))
     with pytest.raises(MotionRAGError, match="trainer: .*devices.*trainer.devices=N"):
         smoke(world, tmp_path, "trainer.devices=two")
+    with pytest.raises(MotionRAGError, match="999 processes wanted"):  # before any data is made
+        train.run(config("experiment=smoke", run, "trainer.devices=999", f"make.out={tmp_path}/made"))
+    assert not (tmp_path / "made").exists()
+    (tmp_path / "bad.ckpt").write_bytes(b"no checkpoint")
+    with pytest.raises(MotionRAGError, match="bad.ckpt is not a whole checkpoint .*: get it again, or start"):
+        smoke(world, tmp_path, f"ckpt_path={tmp_path}/bad.ckpt")
+    torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "other.ckpt")
+    with pytest.raises(
+        MotionRAGError, match="other.ckpt is no checkpoint of motionrag train: expected a .ckpt"
+    ):
+        smoke(world, tmp_path, f"ckpt_path={tmp_path}/other.ckpt")
     smoke(world, tmp_path / "run")
     with pytest.raises(
         MotionRAGError, match=r"of another size: resampler.latents \(1, 8, 128\) instead of \(1, 8, 64\)"

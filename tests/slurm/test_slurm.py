@@ -112,8 +112,8 @@ def test_a_job_array_in_which_one_job_fails(cluster, data, motionrag, tmp_path):
     before = (tmp_path / "S/ckpt_path=null/results.json").stat().st_mtime_ns
     (tmp_path / "none.ckpt").write_bytes(b"no checkpoint")  # another mistake: the point did run again
     done = motionrag("sweep", "retry", "S", **cluster)
-    assert done.returncode == 0, done.stderr
-    assert "no such checkpoint" not in rows(tmp_path / "S")["ckpt_path=none.ckpt"]["error"]
+    assert done.returncode == 2 and "1 of 2 points are not finished" in done.stderr, done.stderr
+    assert "is not a whole checkpoint" in rows(tmp_path / "S")["ckpt_path=none.ckpt"]["error"]
     assert (tmp_path / "S/ckpt_path=null/results.json").stat().st_mtime_ns == before
 
 

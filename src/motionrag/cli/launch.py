@@ -35,6 +35,7 @@ PEER_LOST = (
     "gloo",
     "SIGTERM",
 )
+PER_CORE = 4  # processes; more only take each other's memory
 PEER_LOST_WAIT = 3  # seconds; the agent looks at its processes ten times a second
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,8 @@ def fail_slurm_job() -> None:
 def processes(trainer: DictConfig) -> int:
     """How many processes to start here for `trainer`; 1 when this process trains alone or is one of them.
 
-    Raises MotionRAGError for more GPUs than there are and for several nodes without torchrun or Slurm.
+    Raises MotionRAGError for more GPUs than there are, for more processes on the CPU than `PER_CORE` for each core, and
+    for several nodes without torchrun or Slurm.
     """
     if is_rank() or trainer.get("strategy") in SAME_PROCESS:
         return 1
@@ -122,14 +124,23 @@ def processes(trainer: DictConfig) -> int:
     if not listed and not devices.isdecimal() and devices not in ("auto", "-1"):
         return 1  # the trainer knows what is wrong with it
     wanted = len([d for d in devices.strip("[]").split(",") if d.strip()]) if listed else None
-    if accelerator not in ("auto", "gpu", "cuda"):
-        return wanted or (int(devices) if devices.isdecimal() else 1)
+    wanted = wanted or (int(devices) if devices.isdecimal() else None)
+    if accelerator not in ("auto", "cpu", "gpu", "cuda"):
+        return wanted or 1
     import torch
 
-    there = torch.cuda.device_count()
-    if accelerator == "auto" and not there:
-        return wanted or (int(devices) if devices.isdecimal() else 1)
-    wanted = wanted or (int(devices) if devices.isdecimal() else there)
+    there = torch.cuda.device_count() if accelerator != "cpu" else 0
+    if accelerator == "cpu" or (accelerator == "auto" and not there):
+        wanted, most = wanted or 1, PER_CORE * (os.cpu_count() or 1)
+        if wanted > most:
+            raise MotionRAGError(
+                f"trainer: {wanted} processes wanted on the CPU, which takes {most} at most, {PER_CORE} for each core "
+                "(choose with trainer.devices=N)"
+            )
+        if wanted > 1 and accelerator == "auto":
+            print(f"no GPU here: {wanted} processes on the CPU")
+        return wanted
+    wanted = wanted or there
     if wanted > there:
         raise MotionRAGError(
             f"trainer: {wanted} GPUs wanted, {there} there (choose with trainer.devices=N, trainer=cpu)"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ from omegaconf import DictConfig
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Print the sweep's table (`status`), after running again whatever is not finished (`retry`)."""
+    """Print the sweep's table (`status`), after running again whatever is not finished (`retry`).
+
+    Raises MotionRAGError, after the table, when that left points unfinished.
+    """
     from motionrag import sweeps
     from motionrag.errors import MotionRAGError
 
@@ -19,13 +24,22 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise MotionRAGError("expected motionrag sweep status DIR or motionrag sweep retry DIR")
     folder = Path(str(cfg.what[1])).resolve()
     rows = sweeps.write_table(folder)
-    if cfg.what[0] == "retry":
+    retried = cfg.what[0] == "retry"
+    if retried:
+        environment = os.environ | {sweeps.RETRY: str(time.time())}  # a point of two launches is tried once
         for launch in sweeps.read_plan(folder)["launches"]:
             # a process of its own: this one is a Hydra app already, and the sweep starts from where it was typed
             command = [sys.executable, "-m", "motionrag.cli", launch["verb"], *launch["overrides"]]
-            subprocess.run([*command, "-m", f"hydra.sweep.dir={folder}"], cwd=launch["cwd"], check=False)
+            command += ["-m", f"hydra.sweep.dir={folder}"]
+            subprocess.run(command, cwd=launch["cwd"], env=environment, check=False)
         rows = sweeps.write_table(folder)
     print(table(rows, str(cfg.metric)))
+    left = [row for row in rows if row["state"] not in (*sweeps.DONE, *sweeps.LIVE)]
+    if retried and left:
+        raise MotionRAGError(
+            f"{len(left)} of {len(rows)} points are not finished, the first {left[0]['name']}: "
+            f"{left[0]['error'] or left[0]['state']} (log: {left[0]['log']})"
+        )
     return {"summary": f"{len(rows)} points, {sweeps.summary(rows)} [{folder / 'sweep.csv'}]", "points": rows}
 
 

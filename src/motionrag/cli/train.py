@@ -28,18 +28,25 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """Train, in one process or several; see ``conf/train.yaml`` for the keys."""
     from hydra.utils import instantiate
 
+    from motionrag import sweeps
+    from motionrag.checkpoint import read_checkpoint
     from motionrag.cli import launch
     from motionrag.errors import MotionRAGError
 
-    if cfg.ckpt_path not in (None, "last") and not Path(cfg.ckpt_path).is_file():
-        raise MotionRAGError(
-            f"ckpt_path={cfg.ckpt_path}: no such checkpoint; give a .ckpt file, or last with hydra.run.dir=RUN"
-        )
+    processes = launch.processes(cfg.trainer)
+    if cfg.ckpt_path is not None:
+        own = cfg.ckpt_path == "last"
+        checkpoint = sweeps.checkpoint(Path(cfg.run_dir)) if own else Path(cfg.ckpt_path)
+        if checkpoint.is_file():
+            read_checkpoint(checkpoint)  # one line now for what would be tracebacks of every process
+        elif not own:
+            raise MotionRAGError(
+                f"ckpt_path={cfg.ckpt_path}: no such checkpoint; give a .ckpt file, or last with hydra.run.dir=RUN"
+            )
     if cfg.make is not None:
         instantiate(cfg.make)
     if cfg.features is not None and not _shards_at(cfg.features):
         make_features(cfg)
-    processes = launch.processes(cfg.trainer)
     return launch.start(processes, cfg, train) if processes > 1 else train(cfg)
 
 
