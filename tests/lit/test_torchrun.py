@@ -2,9 +2,11 @@
 
 import csv
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -19,6 +21,13 @@ class Stop(L.Callback):
             os.kill(os.getppid(), signal.SIGTERM)  # torchrun alone, as a pod's first process
         if trainer.global_step >= 2:
             time.sleep(0.2)  # until it is told
+
+class Vanish(L.Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, idx):
+        if trainer.global_step == 2 and trainer.global_rank == 1:
+            open("vanished", "w").close()
+            for process in (os.getppid(), os.getpid()):  # torchrun and its rank: a machine without power
+                os.kill(process, signal.SIGKILL)
 """
 
 
@@ -81,3 +90,13 @@ def test_processes_of_torchrun_are_one_run_that_survives_sigterm(torchrun, tmp_p
     assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(end))
     saved = torch.load(last, weights_only=True)
     assert saved["MotionDataModule"]["clips"] == end * 2 * 4  # steps, processes, clips of each
+
+
+def test_a_node_that_vanishes_ends_the_others(torchrun, tmp_path):
+    codes, said = torchrun(2, "trainer.max_steps=200", "+callbacks.vanish._target_=stop.Vanish")
+    assert time.time() - (tmp_path / "vanished").stat().st_mtime < 60
+    assert codes[0] not in (0, None) and codes[1] == -signal.SIGKILL, said
+    assert "Connection closed by peer" in said or "Connection reset by peer" in said, said
+    (run,) = (tmp_path / "outputs" / "train").iterdir()
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert not (run / "results.json").exists()
