@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import joblib
@@ -22,7 +23,7 @@ from joblib.externals.loky import get_reusable_executor
 from omegaconf import OmegaConf
 
 from motionrag import cli, sweeps
-from motionrag.cli import launch
+from motionrag.cli import gpus, launch
 from motionrag.errors import MotionRAGError
 
 # ---------------------------------------------------------------- a verb that computes nothing
@@ -383,6 +384,62 @@ def test_the_table_of_several_writers(sweep):
     for thread in threads:
         thread.join()
     assert len(table(sweep.folder)) == 12
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "n_jobs", "expected"),
+    [
+        ({"accelerator": "gpu", "devices": 1}, -1, 4),
+        ({"accelerator": "auto", "devices": 2}, -1, 2),
+        ({"accelerator": "gpu", "devices": 2}, 2, 2),
+        ({"accelerator": "gpu", "devices": "auto"}, -1, 1),
+        ({"accelerator": "gpu", "devices": 2}, 3, "points of 2 GPU.* need 6, 4 there"),
+        ({"accelerator": "gpu", "devices": [0, 2]}, 3, 3),
+        ({"accelerator": "cpu", "devices": 2}, -1, -1),
+        (None, -1, -1),
+        ("device", -1, 4),  # evaluate, generate
+    ],
+)
+def test_joblib_runs_as_many_points_as_there_are_gpus_for(four_gpus, trainer, n_jobs, expected):
+    cfg = OmegaConf.create({"trainer": trainer} if isinstance(trainer, dict) else {str(trainer): None})
+    if isinstance(expected, str):
+        with pytest.raises(MotionRAGError, match=expected):
+            gpus.points_at_once(n_jobs, cfg)
+    else:
+        assert gpus.points_at_once(n_jobs, cfg) == expected
+
+
+def test_points_at_the_same_time_have_gpus_of_their_own(four_gpus, tmp_path, monkeypatch):
+    cfg = OmegaConf.create({"trainer": {"accelerator": "gpu", "devices": 2}})
+
+    def process(shown=None):
+        """What another process would see: a lock of its own, the environment that all have at first."""
+        monkeypatch.setattr(gpus, "_taken", [])
+        monkeypatch.setattr(gpus, "_held", ExitStack())
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown) if shown else monkeypatch.delenv(
+            "CUDA_VISIBLE_DEVICES", False
+        )
+        gpus.take(tmp_path, cfg)
+        gpus.take(tmp_path, cfg)  # its next point
+        return os.environ["CUDA_VISIBLE_DEVICES"], gpus._held
+
+    (one, first), (two, second) = process(), process()
+    assert (one, two) == ("0,1", "2,3")
+    with pytest.raises(MotionRAGError, match="all 4 GPUs are taken by other points"):
+        process()
+    first.close()  # as when a process ends
+    (three, third) = process()
+    assert three == "0,1"
+    for held in (second, third):
+        held.close()
+    assert process("GPU-a,GPU-b,GPU-c")[0] == "GPU-a,GPU-b"
+    gpus._held.close()
 
 
 # ---------------------------------------------------------------- words

@@ -10,6 +10,7 @@ from hydra.core.override_parser.types import Override
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from motionrag.cli import gpus
 from motionrag.errors import MotionRAGError
 
 
@@ -43,6 +44,8 @@ class PointSweeper(BasicSweeper):
                 )
             if launcher.gpus_per_node is None and trainer.accelerator in ("gpu", "cuda"):
                 launcher.gpus_per_node = trainer.devices
+        if "n_jobs" in launcher:  # joblib
+            launcher.n_jobs = gpus.points_at_once(launcher.n_jobs, config)
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:

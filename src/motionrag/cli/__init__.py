@@ -333,7 +333,7 @@ def _run_verb(verb: str, cfg: DictConfig, typed: list[str]) -> float | None:
     from hydra.types import RunMode
 
     from motionrag import provenance, sweeps
-    from motionrag.cli import launch
+    from motionrag.cli import gpus, launch
     from motionrag.io import write_json
 
     if missing := missing_keys(cfg):
@@ -351,6 +351,8 @@ def _run_verb(verb: str, cfg: DictConfig, typed: list[str]) -> float | None:
             provenance.write(run_dir, cfg, verb, typed)
             words = HydraConfig.get().overrides.task if in_sweep else typed[2:]
             log.info("motionrag %s %s", verb, shlex.join(words))
+        if in_sweep and "n_jobs" in HydraConfig.get().launcher:  # joblib
+            gpus.take(run_dir.parent, cfg)
         logging.captureWarnings(True)
         try:
             results: dict[str, Any] = import_module(f"motionrag.cli.{verb}").run(cfg)
