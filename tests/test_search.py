@@ -122,3 +122,18 @@ def test_a_real_search_prunes(tmp_path, monkeypatch, capsys, motionworld):
     assert (pruned["state"], pruned["step"]) == ("pruned", 2)
     assert [(row["state"], row["step"]) for row in rows.values()] == [("finished", 4)] * 2
     assert "(1 pruned)" in capsys.readouterr().out
+
+
+def test_trainings_of_a_search_at_the_same_time(tmp_path, motionrag, motionworld):
+    words = "experiment=smoke_cama make=null logger=csv trainer.max_steps=2 launcher=joblib launcher.n_jobs=2".split()
+    words += f"sweeper=search sweeper.trials=2 sweeper.at_once=2 db={motionworld}/db".split()
+    done = motionrag("train", *words, "module.optimizer.lr=interval(1e-4,1e-3)", "-m", "hydra.sweep.dir=S")
+    assert done.returncode == 0, done.stderr
+    runs = [
+        (row["state"], row["step"], json.loads((tmp_path / "S" / row["name"] / "state.json").read_text()))
+        for row in json.loads((tmp_path / "S/sweep.json").read_text())["points"]
+    ]
+    assert [(state, step) for state, step, _ in runs] == [("finished", 2)] * 2
+    (one, another) = (info for *_, info in runs)
+    assert one["pid"] != another["pid"]
+    assert abs(one["started"] - another["started"]) < min(one["seconds"], another["seconds"])  # side by side
