@@ -154,22 +154,19 @@ def test_two_writers(write_database, write_store):
     changes.remove(path, ["c0"])  # the lock died with its holder
 
 
-STEPS = ["copytree", "copied", "catalog", "index", "neighbours", "manifest"]
+STEPS = ["copy", "copied", "catalog", "index", "neighbours", "manifest"]
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_a_killed_change_never_was(write_database, write_store, step):
-    """kill -9 at any step: the database opens and is the old one; then the change works."""
-    path, features = write_database((3, 4))
-    other, more = write_store((2, 2), "other", prefix="o", seed=1)
+def killed(step, change):
+    """Run `change` in a process that is killed (kill -9) at a step."""
 
-    def change():
+    def run():
         def kill(*args, **kwargs):
             os.kill(os.getpid(), signal.SIGKILL)
 
         put, copy, calls = building._put, changes._copy, []
-        if step == "copytree":
-            shutil.copytree = lambda source, target: (target.mkdir(), kill())
+        if step == "copy":
+            shutil.copy = lambda source, target: ((target / source.name).touch(), kill())
         elif step == "copied":
             changes._copy = lambda *args: kill() if calls else (calls.append(1), copy(*args))[1]
         elif step == "manifest":
@@ -178,12 +175,20 @@ def test_a_killed_change_never_was(write_database, write_store, step):
             building._put = lambda path, role, write: put(
                 path, role, (lambda file: (write(file), kill())) if role == step else write
             )
-        changes.add(path, [other])
+        change()
 
-    process = FORK.Process(target=change)
+    process = FORK.Process(target=run)
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_killed_change_never_was(write_database, write_store, step):
+    """At any step: the database opens and is the old one; then the change works."""
+    path, features = write_database((3, 4))
+    other, more = write_store((2, 2), "other", prefix="o", seed=1)
+    killed(step, lambda: changes.add(path, [other]))
     check(path, features)
     changes.add(path, [other])
     check(path, features | more)
@@ -191,6 +196,23 @@ def test_a_killed_change_never_was(write_database, write_store, step):
     assert leftovers == []
     assert len(list(path.glob("index*"))) == len(list(path.glob("clips*"))) == 1
     assert len(list((path / "parts").iterdir())) == 4
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_killed_merge_leaves_nothing_that_opens(write_database, write_store, tmp_path, step):
+    one, features = write_database((3, 4))
+    two, more = write_store((2, 2), "other", prefix="o", seed=1)
+    path = tmp_path / "merged"
+    killed(step, lambda: changes.merge(path, [one, two]))
+    assert not path.exists()
+    changes.merge(path, [one, two])
+    check(path, features | more)
+    again = tmp_path / "again"
+    changes.merge(again, [one, two])
+    assert {f.relative_to(path): f.read_bytes() for f in path.rglob("*") if f.is_file()} == {
+        f.relative_to(again): f.read_bytes() for f in again.rglob("*") if f.is_file()
+    }
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_failed_change_leaves_nothing(write_database, write_store, monkeypatch):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from motionrag.cli import user_message
 from motionrag.errors import MotionRAGError
 from motionrag.retrieval import bank, building, changes
 from motionrag.retrieval.bank import Part, PartWriter
@@ -139,6 +140,10 @@ def little_room(folder, how):
         subprocess.run(["umount", "-l", folder], check=True)
 
 
+def used_in(folder) -> int:
+    return sum(-(-f.stat().st_size // 4096) * 4096 for f in folder.rglob("*") if f.is_file())
+
+
 @pytest.mark.parametrize(
     ("how", "reason", "small"),
     [("file system", "No space left on device", 100_000), ("file size", "File too large", 20_000)],
@@ -157,8 +162,7 @@ def test_a_full_disk(write_store, tmp_path, how, reason, small):
         resize(9_000_000)
         path, _ = write_store((300,), "disk/other")
         before = contents(path)
-        used = sum(-(-f.stat().st_size // 4096) * 4096 for f in (tmp_path / "disk").rglob("*") if f.is_file())
-        resize(used + 3 * 4096 if how == "file system" else 3000)
+        resize(used_in(tmp_path / "disk") + 3 * 4096 if how == "file system" else 3000)
         with pytest.raises(OSError, match=reason):
             build(path, 16)
         assert {name: data for name, data in contents(path).items() if name in before} == before
@@ -167,3 +171,19 @@ def test_a_full_disk(write_store, tmp_path, how, reason, small):
         resize(9_000_000)
         build(path, 16)
         assert changes.verify(path)["clips"] == 300
+
+        resize(9_000_000)
+        other, _ = write_store((300,), "disk/more", prefix="o")
+        before = contents(path)
+        resize(used_in(tmp_path / "disk") + 40 * 4096 if how == "file system" else 20_000)
+        for change in (
+            lambda: changes.add(path, [other]),
+            lambda: changes.merge(tmp_path / "disk/new", [path, other]),
+        ):
+            with pytest.raises(OSError, match=reason) as error:
+                change()
+            assert "disk" in user_message(error.value) and "free some" in user_message(error.value)
+            assert contents(path) == before and not list((tmp_path / "disk").glob("*new*"))
+        resize(9_000_000)
+        changes.add(path, [other])
+        assert changes.verify(path)["clips"] == 600

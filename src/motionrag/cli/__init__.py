@@ -398,9 +398,13 @@ def user_message(error: BaseException) -> str | None:
     while link is not None:
         if isinstance(link, MotionRAGError):
             return str(link)
-        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" while writing {link.filename}" if link.filename else ""
-            return f"no space left on the device{where}: free some or write to another place (out=DIR or hydra.run.dir=DIR)"
+        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            name = link.filename2 or link.filename  # of a copy the target
+            what = (
+                "no more is allowed in a file" if link.errno == errno.EFBIG else "no space left on the device"
+            )
+            where = f" while writing {name}" if name else ""
+            return f"{what}{where}: free some or write to another place (out=DIR or hydra.run.dir=DIR)"
         if isinstance(link, OSError) and link.errno in (errno.EACCES, errno.EROFS):
             return f"no permission for {link.filename}: choose another place or change the rights"
         if isinstance(link, ModuleNotFoundError) and link.name in EXTRAS:

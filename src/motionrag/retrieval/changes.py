@@ -264,8 +264,13 @@ def _copy(entry: Entry, db: Path, name: str) -> Part:
     if len(entry.rows) == len(entry.part):
         partial = db / PARTS / f".{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(entry.part.path, partial)
-        partial.rename(db / PARTS / name)
+        partial.mkdir(parents=True)
+        try:
+            for file in entry.part.path.iterdir():
+                shutil.copy(file, partial)
+            partial.rename(db / PARTS / name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     else:
         about = {key: value for key, value in entry.part.about.items() if key not in ("clips", "files")}
         with PartWriter(db, name, about) as writer:
