@@ -160,15 +160,25 @@ def test_loading_resumes_where_it_stopped(workers):
 
 def test_resuming_with_other_processes_continues_at_the_same_clip():
     state = module(Numbers(9), batch_size=2, world=2, processed=3).state_dict()
-    assert state == {"clips": 12, "batches": 3}
+    assert (state["clips"], state["batches"]) == (12, 3)
     other = module(Numbers(9), batch_size=3, processed=5)
     other.load_state_dict(state)
-    assert other.state_dict() == {"clips": 18, "batches": 5}
+    state = other.state_dict()
+    assert (state["clips"], state["batches"]) == (18, 5)
+
+
+@pytest.mark.parametrize("change", [{"clips": Numbers(10)}, {"seed": 1}, {"val_share": 0.6}])
+def test_a_place_among_other_clips_is_refused(change):
+    state = module(Numbers(9), processed=3).state_dict()
+    with pytest.raises(MotionRAGError, match="among other training clips, .*module.weights=CHECKPOINT"):
+        module(**{"clips": Numbers(9)} | change).load_state_dict(state)
+    del state["order"]  # of an earlier version
+    module(**{"clips": Numbers(9)} | change).load_state_dict(state)
 
 
 def test_a_step_of_several_batches_counts_when_it_is_whole():
     state = module(Numbers(9), batch_size=2, processed=5, accumulate=2).state_dict()
-    assert state == {"clips": 8, "batches": 4}
+    assert (state["clips"], state["batches"]) == (8, 4)
 
 
 class Large(Numbers):

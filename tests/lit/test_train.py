@@ -118,6 +118,17 @@ def test_the_best_checkpoint_is_a_weights_file_and_goes_on(world, tmp_path):
     metrics = whole["about"].pop("metrics")
     assert metrics and manifest["about"] == whole["about"]
 
+    held = torch.load(last, weights_only=True)
+    held["about"]["database_sha256"] = "0"
+    torch.save(held, tmp_path / "of_another.ckpt")
+    with pytest.warns(UserWarning, match="the database is not as it was"):
+        smoke(
+            world,
+            tmp_path / "again",
+            f"ckpt_path={tmp_path}/of_another.ckpt",
+            f"trainer.max_steps={step + 1}",
+        )
+
 
 def test_wandb_offline(world, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -7,7 +7,9 @@ not depend on the number of workers or devices, and a run resumed at place `p` c
 import ctypes
 import hashlib
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -372,7 +374,15 @@ class MotionDataModule(L.LightningDataModule):
             **self.loader,
         )
 
-    def state_dict(self) -> dict[str, int]:
+    @cached_property
+    def order(self) -> str:
+        """A checksum of the stream's order: of equal ones a place in them means the same clips."""
+        part = self.train_part
+        shards = None if self.clips.shards is None else self.clips.shards[part.indices].tolist()
+        told = [self.seed, self.clips.buffer, shards, [self.clips.ids[index] for index in part.indices]]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
         """Place in the stream, in clips over all processes, at the last optimizer step."""
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
         batches -= batches % self.trainer.accumulate_grad_batches
@@ -380,11 +390,21 @@ class MotionDataModule(L.LightningDataModule):
         return {
             "clips": self._resumed["clips"] + (batches - self._resumed["batches"]) * step,
             "batches": batches,
+            "order": self.order,
         }
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue there, with any batch size and number of processes."""
-        self._resumed = dict(state_dict)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue there, with any batch size and number of processes.
+
+        Raises MotionRAGError if the clips, or their order, are not those of the run that is continued.
+        """
+        if state_dict.get("order", self.order) != self.order:  # earlier versions did not say
+            raise MotionRAGError(
+                "the checkpoint's place is one among other training clips, or in another order of them (clips added or "
+                "removed, seeds.data, clips.buffer, data.val_share): continue with those, or start anew from the "
+                "weights alone, module.weights=CHECKPOINT"
+            )
+        self._resumed = {name: state_dict[name] for name in ("clips", "batches")}
 
 
 def _share(text: str) -> float:

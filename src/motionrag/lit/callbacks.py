@@ -77,6 +77,13 @@ class SaveWeights(L.Callback):
     ) -> None:
         checkpoint["about"] = self.about
 
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        before = checkpoint.get("about", {}).get("database_sha256")
+        if before and before != self.about.get("database_sha256") and trainer.is_global_zero:
+            warnings.warn("the database is not as it was when the checkpoint was saved", stacklevel=2)
+
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         state = (
             trainer.strategy.lightning_module_state_dict()
