@@ -3,9 +3,11 @@
 import csv
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
@@ -16,9 +18,11 @@ from motionrag.data.motionworld import make_dataset
 from motionrag.data.packing import pack
 from motionrag.data.video import read_clip
 from motionrag.errors import MotionRAGError
-from motionrag.evaluation.conditions import CONDITIONS, References
+from motionrag.evaluation.conditions import CONDITIONS, Generation, References
+from motionrag.evaluation.split import TestClips
 from motionrag.report import write_report
 from motionrag.retrieval.database import RetrievalDatabase
+from motionrag.retrieval.retrievers import OracleRetriever
 
 
 @pytest.fixture(scope="module")
@@ -318,6 +322,20 @@ def test_references_never_come_from_the_clips_own_source(world):
         References(db, retriever, 6, order="far")
     with pytest.raises(MotionRAGError, match="test clip 'x' has no action to search with"):
         References(db, retriever, 2, query="action")(other, "motionrag")
+
+
+def test_the_oracle_retriever_is_asked_with_the_test_clips_own_features(world):
+    db = RetrievalDatabase(world / "made/db")
+    chosen = db.ids[:2]
+    features = db.motion_features(chosen)
+    clips = TestClips(
+        "all", [{"id": f"t{i}", "source": "other"} for i in range(2)], torch.zeros(2, 9, 3, 32, 32)
+    )
+    encoder = lambda video: features if video is clips.truth else None  # noqa: E731
+    model = SimpleNamespace(device=torch.device("cpu"), motion_encoder=encoder)
+    generation = Generation(model, References(db, OracleRetriever(db), 2), clips)
+    for clip_id, (ids, scores) in zip(chosen, generation.references("motionrag", 0), strict=True):
+        assert ids[0] == clip_id and scores[0] == pytest.approx(1) and ids[1] in db.ids
 
 
 # ---------------------------------------------------------------- demo

@@ -18,7 +18,7 @@ from motionrag.evaluation.split import TestClips
 from motionrag.generate import MotionRAG
 from motionrag.modules.fusion import Fusion, fuse_references
 from motionrag.retrieval.database import RetrievalDatabase, Where
-from motionrag.retrieval.retrievers import Query, RandomRetriever, Retriever
+from motionrag.retrieval.retrievers import OracleRetriever, Query, RandomRetriever, Retriever
 
 CONDITIONS = (
     "backbone", "finetuned", "motionrag", "mean", "fusion", "random", "oracle", "known_only", "still",
@@ -209,12 +209,17 @@ class Generation:
         records, before = self.clips.records, 0.0
         queries: Sequence[Query | None] = [None] * len(records)
         if found != "random":
-            queries, before = self._once(("queries",), lambda: self.find.queries(records))
+            queries, before = self._once(("queries",), self._queries)
         rows = zip(records, self.image, queries, strict=True)
         result, seconds = self._once(
             key, lambda: [self.find(clip, condition, seed, image, query) for clip, image, query in rows]
         )
         return result, before + seconds
+
+    def _queries(self) -> Sequence[Query]:
+        if isinstance(self.find.retriever, OracleRetriever):
+            return list(self.model.motion_encoder(self.clips.truth))
+        return self.find.queries(self.clips.records)
 
     def _once(self, key: tuple, make: Callable[[], Any]) -> tuple[Any, float]:
         if key not in self._kept:
