@@ -135,10 +135,12 @@ def test_unusable_clips_are_left_out_by_name(videos, table, tmp_path):
         + [{"video": "clip0.mp4", "id": "x", "motion_caption": " "}]
     )
     rows += [{"video": "clip1.mp4", "id": "y", "start_sec": 9}]
-    index = pack(table(rows), videos, tmp_path / "out", max_bad=0.6)
+    spans = [{"start_sec": -5}, {"start_sec": 0.4, "end_sec": 0.4}, {"end_sec": -1}]
+    rows += [{"video": "clip1.mp4", "id": f"span{i}", **span} for i, span in enumerate(spans)]
+    index = pack(table(rows), videos, tmp_path / "out", max_bad=0.7)
     assert index["clips"] == 5
     reasons = [item["reason"] for item in index["skipped"]]
-    assert [item["video"] for item in index["skipped"]] == [*bad, "clip0.mp4", "clip1.mp4"]
+    assert [item["video"] for item in index["skipped"]] == [*bad, "clip0.mp4", *["clip1.mp4"] * 4]
     expected = [
         "no motion",
         "one frame only",
@@ -146,6 +148,9 @@ def test_unusable_clips_are_left_out_by_name(videos, table, tmp_path):
         "missing file",
         "no motion_caption",
         "no frames between",
+        "no span of a video: start_sec -5",
+        "no span of a video: start_sec 0.4, end_sec 0.4",
+        "no span of a video: end_sec -1",
     ]
     for reason, start in zip(reasons, expected, strict=True):
         assert reason.startswith(start)
@@ -247,6 +252,10 @@ def test_damaged_shards_are_named(videos, table, tmp_path):
 def test_other_folders_are_no_shards(tmp_path):
     with pytest.raises(MotionRAGError, match="expected a folder written by motionrag pack"):
         ShardIndex.open(tmp_path)
+    with pytest.raises(
+        MotionRAGError, match="http://host/shards: training streams shards, here .* from a folder"
+    ):
+        ShardIndex.open("http://host/shards")
     (tmp_path / "index.json").write_text(json.dumps({"schema": "other"}))
     with pytest.raises(MotionRAGError, match="expected schema"):
         ShardIndex.open(tmp_path)

@@ -143,6 +143,8 @@ def test_mistakes_get_one_line(world, tmp_path):
     with pytest.raises(MotionRAGError, match="motion features of width 96, this configuration expects 768"):
         cama = ["experiment=smoke_cama", *(name for name in world if not name.startswith("shards"))]
         train.run(config(*cama, run, *QUIET, "resampler.embedding_dim=768"))
+    with pytest.raises(MotionRAGError, match="neighbours of a single database; .* motionrag index merge"):
+        train.run(config(*cama, run, "db=[a,b]"))
     with pytest.raises(MotionRAGError, match="trainer: .*devices.*trainer.devices=N"):
         smoke(world, tmp_path, "trainer.devices=two")
     with pytest.raises(MotionRAGError, match="999 processes wanted"):  # before any data is made

@@ -35,6 +35,10 @@ def test_a_database_from_build_to_verify(run, write_store, tmp_path):
     assert "9 clips, 16 neighbours each" in run("index", "add", "db=db", "others=more")[1]
     assert "7 clips" in run("index", "remove", "db=db", "clips=[c0,m1]")[1]
     assert "3 clips" in run("index", "remove", "db=db", "where=action=a0")[1]
+    assert (
+        "no clip meets where=action=a0, nothing is removed"
+        in run("index", "remove", "db=db", "where=action=a0")[2]
+    )
     assert RetrievalDatabase("db").ids == ["c1", "c3", "c5"]
     assert "5 clips, 2 neighbours" in run("index", "merge", "db=both", "others=[db,more]", "neighbours=2")[1]
     assert RetrievalDatabase("both").ids == ["c1", "c3", "c5", "m0", "m1"]

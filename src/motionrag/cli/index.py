@@ -43,7 +43,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             raise MotionRAGError(
                 "motionrag index remove needs clips=[ID,ID] or where=column=value, one of them"
             )
-        manifest = changes.remove(db, list(clips) or RetrievalDatabase(db).where(where))
+        named = list(clips) or RetrievalDatabase(db).where(where)
+        if not named:
+            raise MotionRAGError(f"db={db}: no clip meets where={where}, nothing is removed")
+        manifest = changes.remove(db, named)
     elif cfg.what == "add":
         manifest = changes.add(db, list(others), bool(cfg.replace))
     elif cfg.what == "merge":

@@ -34,6 +34,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from motionrag.errors import MotionRAGError
 
     processes = launch.processes(cfg.trainer)
+    if OmegaConf.is_list(cfg.db):
+        raise MotionRAGError(
+            f"db={list(cfg.db)}: training needs the neighbours of a single database; make one of several with "
+            "motionrag index merge db=NEW others=[A,B]"
+        )
     if cfg.ckpt_path is not None:
         own = cfg.ckpt_path == "last"
         checkpoint = sweeps.checkpoint(Path(cfg.run_dir)) if own else Path(cfg.ckpt_path)

@@ -399,6 +399,10 @@ def _clip(
             span[column] = None if row[column] is None else float(row[column])
         except ValueError:
             raise UnreadableVideo(name, f"{column} is not a number: {row[column]}") from None
+    start, end = (0.0 if span["start_sec"] is None else span["start_sec"]), span["end_sec"]
+    if start < 0 or (end is not None and end <= start):
+        told = ", ".join(f"{column} {value:g}" for column, value in span.items() if value is not None)
+        raise UnreadableVideo(name, f"no span of a video: {told}")
     if "bad" in row:
         raise UnreadableVideo(name, row["bad"])
     place: Place = row["place"]

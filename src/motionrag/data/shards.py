@@ -70,6 +70,10 @@ class ShardIndex:
 
     @classmethod
     def open(cls, path: str | Path) -> ShardIndex:
+        if "://" in str(path) or str(path).startswith("pipe:"):
+            raise MotionRAGError(
+                f"{path}: training streams shards, here they are read from a folder: copy them first"
+            )
         path = Path(path)
         if not (path / INDEX).is_file():
             raise MotionRAGError(f"{path}: no {INDEX} there; expected a folder written by motionrag pack")
