@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from motionrag.data import stream
 from motionrag.data.datamodule import MotionDataModule, ShardClips
 from motionrag.data.motionworld import make_dataset
 from motionrag.data.packing import pack
@@ -44,7 +46,7 @@ def folder(packed, tmp_path):
 
 
 class Server:
-    """Serves a folder over HTTP; `faults[file]` says what goes wrong with it: 500, stall, cut, short or flip."""
+    """Serves a folder over HTTP; `faults[file]` says what goes wrong with it: 500, stall, drip, cut, short or flip."""
 
     def __init__(self, folder):
         self.faults, self.asked, self.end = {}, Counter(), Event()
@@ -68,7 +70,12 @@ class Server:
                 if fault != "short":  # else nothing tells the client how much should come
                     self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                if fault == "flip":
+                if fault == "drip":
+                    for byte in data:
+                        self.wfile.write(bytes([byte]))
+                        if server.end.wait(0.05):
+                            return
+                elif fault == "flip":
                     data[len(data) // 2] ^= 1
                     self.wfile.write(data)
                 else:
@@ -139,7 +146,7 @@ def test_the_cache_stays_within_its_limit(server, tmp_path):
         shards.check_room(12)
 
 
-def test_what_cannot_be_reached_is_named(server, tmp_path, folder):
+def test_what_cannot_be_reached_is_named(server, tmp_path, folder, monkeypatch):
     options = {"cache": tmp_path / "cache", "tries": 1}
     server.faults["index.json"] = 500
     with pytest.raises(
@@ -150,6 +157,10 @@ def test_what_cannot_be_reached_is_named(server, tmp_path, folder):
         Shards("pipe:echo no such bucket >&2; exit 7", **options)
     with pytest.raises(MotionRAGError, match="nothing came for 0.1 s"):
         Shards("pipe:sleep 9", **options, timeout=0.1)
+    monkeypatch.setattr(stream, "SLOWEST", 1_000_000)
+    drip = f"case {{file}} in *.tar) while echo; do sleep 0.05; done;; *) cat {folder}/{{file}};; esac"
+    with pytest.raises(UnreadableVideo, match="slower than 1000 kB/s"):
+        Shards(f"pipe:{drip}", **options, timeout=0.2).read(3)
     with pytest.raises(MotionRAGError, match="shards=s4://x.*s4"):
         Shards("s4://x", **options)
     index = read_json(folder / "index.json")
@@ -194,13 +205,15 @@ def test_a_server_that_recovers_is_asked_again(server, tmp_path):
     [
         (500, "500"),
         ("stall", "(?i)timeout|timed"),
+        ("drip", "(?i)timeout|timed"),
         ("cut", "(?i)payload|not enough data|cut off"),
         ("short", "cut off: [0-9]+ of [0-9]+ bytes came"),
         ("flip", "checksum is not the one in index.json"),
         ("gone", "clips-000001.tar"),
     ],
 )
-def test_a_shard_that_cannot_be_had_is_skipped_by_name(server, folder, tmp_path, fault, reason):
+def test_a_shard_that_cannot_be_had_is_skipped_by_name(server, folder, tmp_path, fault, reason, monkeypatch):
+    monkeypatch.setattr(stream, "SLOWEST", 10_000_000)
     if fault == "gone":
         (folder / "clips-000001.tar").unlink()
     else:
@@ -216,6 +229,22 @@ def test_a_shard_that_cannot_be_had_is_skipped_by_name(server, folder, tmp_path,
         raise MotionRAGError(message)
     assert server.asked["clips-000001.tar"] == 1  # not once for each of its clips
     assert not list(clips.stream.folder.glob(".*.partial"))
+
+
+def test_a_full_cache_is_not_the_servers_fault(server, tmp_path):
+    shards = Shards(server.url, cache=tmp_path / "cache")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(
+            MotionRAGError, match=r"clips.cache: File too large while writing .*: make room, name another"
+        ):
+            shards.read(3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert server.asked["clips-000001.tar"] == 1
+    assert not list(shards.folder.glob(".*.partial"))
+    assert shards.read(3)  # there is room again
 
 
 def fetch(url, cache):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import getpass
 import hashlib
@@ -26,6 +27,7 @@ from motionrag.errors import MotionRAGError
 from motionrag.io import sha256
 from motionrag.retrieval import catalog
 
+SLOWEST = 100_000  # bytes a second: what comes more slowly has stalled
 FORGIVEN = 600.0  # seconds after which a shard that could not be fetched is asked for again
 
 
@@ -41,7 +43,8 @@ class Shards:
             "pipe:COMMAND", a shell command that prints the file `{file}`.
         cache: where fetched shards are kept; None: a folder for this place under the system's temporary one.
         cache_gb: at most this much there.
-        timeout: seconds without a byte after which an attempt has failed (other protocols than http and pipe: their own).
+        timeout: seconds without a byte after which an attempt has failed, or at less than SLOWEST in the end (http and
+            pipe; other protocols have their own).
         tries: attempts for one file.
 
     Attributes: index, as `motionrag pack` wrote it; table, one row for each clip (see members.py).
@@ -160,15 +163,16 @@ class Shards:
     def _fetch(self, file: str, path: Path, expected: Mapping[str, Any] | None) -> None:
         """Fetch a file whole, or raise UnreadableVideo; killed in between it leaves no file at `path`."""
         partial = path.with_name(f".{path.name}.partial")
+        seconds = self.timeout + (expected["bytes"] if expected else 100 * SLOWEST) / SLOWEST
         reasons = []
         try:
             for attempt in range(self.tries):
                 time.sleep(min(2.0**attempt / 4, 10.0) if attempt else 0.0)
                 try:
                     if self.place.startswith("pipe:"):
-                        self._run(file, partial)
+                        self._run(file, partial, seconds)
                     else:
-                        self._download(file, partial)
+                        self._download(file, partial, seconds)
                     if expected:
                         _compare(partial, expected)
                     os.replace(partial, path)
@@ -176,6 +180,15 @@ class Shards:
                 except ImportError as error:  # of what fsspec wants for this protocol
                     raise MotionRAGError(f"shards={self.place}: {error}") from error
                 except Exception as error:  # each library has its own for a network that fails
+                    if isinstance(error, OSError) and error.errno in (
+                        errno.ENOSPC,
+                        errno.EDQUOT,
+                        errno.EFBIG,
+                    ):
+                        raise MotionRAGError(
+                            f"clips.cache: {os.strerror(error.errno)} while writing {partial.parent}: make room, name another "
+                            "folder (clips.cache=DIR) or keep less there (clips.cache_gb=N)"
+                        ) from error
                     reasons.append(" ".join(str(error).split())[:200] or type(error).__name__)
         finally:
             partial.unlink(missing_ok=True)
@@ -183,23 +196,23 @@ class Shards:
             file, f"{file} could not be fetched from {self.place} in {self.tries} tries: {reasons[-1]}"
         )
 
-    def _download(self, file: str, path: Path) -> None:
+    def _download(self, file: str, path: Path, seconds: float) -> None:
         import fsspec
 
         options = {}
         if self.place.startswith("http"):
             import aiohttp
 
-            limit = aiohttp.ClientTimeout(total=None, sock_connect=self.timeout, sock_read=self.timeout)
+            limit = aiohttp.ClientTimeout(total=seconds, sock_connect=self.timeout, sock_read=self.timeout)
             options = {"client_kwargs": {"timeout": limit}}
         system, where = fsspec.url_to_fs(f"{self.place}/{file}", **options)
         system.get_file(where, str(path))
 
-    def _run(self, file: str, path: Path) -> None:
+    def _run(self, file: str, path: Path, seconds: float) -> None:
         command = self.place.removeprefix("pipe:").replace("{file}", shlex.quote(file))
         with path.open("wb") as out, tempfile.TemporaryFile() as said:
             process = subprocess.Popen(command, shell=True, stdout=out, stderr=said, start_new_session=True)
-            before = -1
+            before, end = -1, time.monotonic() + seconds
             try:
                 while True:
                     try:
@@ -210,6 +223,8 @@ class Shards:
                         if size == before or not size:
                             raise TimeoutError(f"nothing came for {self.timeout:g} s") from None
                         before = size
+                        if time.monotonic() > end:
+                            raise TimeoutError(f"slower than {SLOWEST // 1000} kB/s") from None
             finally:
                 if process.poll() is None:  # silent, or this process was interrupted
                     os.killpg(process.pid, signal.SIGKILL)
