@@ -2,9 +2,14 @@
 
 import errno
 import io
+import os
+import resource
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from motionrag.errors import MotionRAGError
 from motionrag.retrieval import bank
@@ -31,7 +36,8 @@ def test_what_is_read_is_what_was_written(write_store, mmap):
         part = Part(out / "parts" / name, mmap)
         part.verify()
         assert [part.array(name).dtype for name in ("motion", "appearance", "caption")] == ["f2", "f2", "f4"]
-        assert isinstance(part.array("motion"), np.memmap) == mmap
+        part.array("motion")
+        assert (f"{part.path}/motion.npy" in Path("/proc/self/maps").read_text()) == mmap
         assert len(part.clips) == len(part.array("motion")) == size
         for row in range(size):
             expected = features[f"c{number}"]
@@ -115,3 +121,19 @@ def test_damage_is_named(write_store):
     (path / "part.json").write_text("{")
     with pytest.raises(MotionRAGError, match="part.json is missing or damaged"):
         Part(path)
+
+
+def test_many_parts_keep_no_file_open(tmp_path):
+    """A million clips in parts of a hundred are more files than a process may have open."""
+    with PartWriter(tmp_path, "p0", {"preview_frames": 2}) as writer:
+        add(writer, 3)
+    for i in range(1, 40):
+        shutil.copytree(tmp_path / "parts/p0", tmp_path / f"parts/p{i}")
+    parts = [Part(tmp_path / f"parts/p{i}") for i in range(40)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, limits[1]))
+    try:
+        read = [(part.features("motion", 0), part.captions([0]), part.jpeg(0)) for part in parts]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert all(torch.equal(motion, read[0][0]) for motion, *_ in read)

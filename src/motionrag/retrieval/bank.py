@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import socket
@@ -278,7 +279,7 @@ class Part:
     @cached_property
     def _previews(self) -> np.ndarray:
         file = self.path / "preview.bin"
-        return np.memmap(file, np.uint8, "r") if self._mmap else np.fromfile(file, np.uint8)
+        return mapped(file) if self._mmap else np.fromfile(file, np.uint8)
 
     def array(self, name: str) -> np.ndarray:
         """One of the arrays as it is stored, opened when first needed."""
@@ -336,7 +337,18 @@ def read_about(path: Path, checksum: str | None = None) -> dict[str, Any]:
 def read_npy(file: str | Path, mmap: bool, name: Path | None = None) -> np.ndarray:
     """A .npy file, mapped into memory or loaded; raises :class:`MotionRAGError` (with ``name``) if it is damaged."""
     try:
-        return np.load(file, mmap_mode="r" if mmap else None)
+        if not mmap:
+            return np.load(file)
+        with open(file, "rb") as opened:
+            version = np.lib.format.read_magic(opened)
+            header = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
+            shape, fortran, dtype = header(opened)
+            values = mapped(file)[opened.tell() :].view(dtype)
+        return values[: math.prod(shape)].reshape(shape, order="F" if fortran else "C")
     except OSError:
         raise
     except Exception as error:  # the header is a Python expression: a flipped byte there may raise anything
@@ -344,6 +356,19 @@ def read_npy(file: str | Path, mmap: bool, name: Path | None = None) -> np.ndarr
         raise MotionRAGError(
             f"{name or file} is damaged ({said}); motionrag index verify says more"
         ) from error
+
+
+def mapped(file: str | Path) -> np.ndarray:
+    """The bytes of a file that is not empty, mapped into memory, read-only.
+
+    By torch, whose mappings keep no file open, as NumPy's do: a database of thousands of parts would use up all that a
+    process may have open.
+    """
+    size = os.stat(file).st_size
+    storage = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=size)
+    values = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+    values.flags.writeable = False
+    return values
 
 
 def checksum(*values: np.ndarray) -> int:
