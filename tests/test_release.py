@@ -486,7 +486,9 @@ def test_the_more_precise_of_two_equal_resamplers_stays(tmp_path, sizes):
 
 
 def test_a_published_file_given_for_weights(published):
-    with pytest.raises(MotionRAGError, match="Motion-Adapter.ckpt is no weights file.*motionrag import"):
+    with pytest.raises(
+        MotionRAGError, match="Motion-Adapter.ckpt is no checkpoint of motionrag train.*motionrag import"
+    ):
         read_weights(published / "Motion-Adapter.ckpt")
 
 

@@ -28,9 +28,29 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def put_in_place(made: str | Path, path: str | Path) -> None:
+    """Rename ``made``, a file or a folder with all that is in it, to ``path`` once it is on the disk.
+
+    Without that a machine that loses power may have the name and not the content.
+    """
+    made, path = Path(made), Path(path)
+    for place in (made, *made.rglob("*")) if made.is_dir() else (made,):
+        _settle(place)
+    os.replace(made, path)
+    _settle(path.parent)
+
+
+def _settle(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def write_text(path: str | Path, text: str) -> Path:

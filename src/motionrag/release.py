@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from motionrag.checkpoint import check_state, described_network, read_pickled, read_weights, save_weights
 from motionrag.errors import MotionRAGError
-from motionrag.io import write_text
+from motionrag.io import put_in_place, write_text
 from motionrag.modules.cama import CAMA
 from motionrag.modules.motion_adapter import MotionAdapter
 from motionrag.modules.resampler import Resampler
@@ -563,6 +563,6 @@ def _new_folder(out: Path, size: int) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        partial.rename(out)
+        put_in_place(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

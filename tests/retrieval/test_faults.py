@@ -62,7 +62,7 @@ def test_a_killed_encode_leaves_no_part(tmp_path, step):
         elif step == "checksums":
             bank.sha256 = kill
         elif step == "rename":
-            bank.Path.rename = kill
+            bank.put_in_place = kill
         else:
             write, name = bank.write_json, {"records": "clips.json", "about": "part.json"}[step]
             bank.write_json = lambda path, value: kill() if path.name == name else write(path, value)

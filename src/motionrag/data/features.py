@@ -26,7 +26,7 @@ from motionrag.data.shards import INDEX, ClipRecord
 from motionrag.data.stream import Shards, locked
 from motionrag.data.video import UnreadableVideo
 from motionrag.errors import MotionRAGError
-from motionrag.io import atomic_path, read_json, sha256, write_json
+from motionrag.io import atomic_path, put_in_place, read_json, sha256, write_json
 from motionrag.retrieval import catalog
 
 
@@ -121,7 +121,7 @@ def _write_all(
         "features": about | {"shards": shards_fingerprint(clips.stream)},
     }
     write_json(partial / "out" / INDEX, index)
-    (partial / "out").rename(out)
+    put_in_place(partial / "out", out)
     shutil.rmtree(partial)
     return index
 

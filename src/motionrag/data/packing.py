@@ -43,7 +43,7 @@ from motionrag.data.sources import (
 from motionrag.data.video import Clip, UnreadableVideo, read_clip, write_mp4
 from motionrag.encoders import uniform_indices
 from motionrag.errors import MotionRAGError
-from motionrag.io import atomic_path, only_writer, read_json, sha256, write_json
+from motionrag.io import atomic_path, only_writer, put_in_place, read_json, sha256, write_json
 
 EXCLUDED = "source video in the excluded table"
 
@@ -144,7 +144,7 @@ def pack(
                 # of a run that was killed while it removed it
                 shutil.rmtree(partial / "replaced", ignore_errors=True)
                 out.rename(partial / "replaced")
-            (partial / "shards").rename(out)
+            put_in_place(partial / "shards", out)
             shutil.rmtree(partial / "done")
         finally:
             if not any((partial / "done").glob("*.json")):

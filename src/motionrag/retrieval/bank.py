@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 
 from motionrag.errors import MotionRAGError
-from motionrag.io import only_writer, sha256, write_json
+from motionrag.io import only_writer, put_in_place, sha256, write_json
 from motionrag.retrieval.precision import PRECISIONS, pack, unpack
 
 PARTS = "parts"
@@ -193,7 +193,7 @@ class PartWriter:
                 }
                 about = {**self.about, **self._stored(), "clips": len(self.clips), "files": files}
                 write_json(self.partial / PART_FILE, about)
-                self.partial.rename(self.target)
+                put_in_place(self.partial, self.target)
         finally:
             shutil.rmtree(self.partial, ignore_errors=True)
 

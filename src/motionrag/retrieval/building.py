@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from motionrag.errors import MotionRAGError
-from motionrag.io import sha256, write_json
+from motionrag.io import put_in_place, sha256, write_json
 from motionrag.retrieval import catalog
 from motionrag.retrieval.bank import FEATURES, PART_FILE, PARTS, Part, write_npy, writer_lock
 from motionrag.retrieval.database import (
@@ -232,7 +232,7 @@ def _put(path: Path, role: str, write: Callable[[Path], None]) -> dict[str, str]
     try:
         write(temporary)
         checksum = sha256(temporary)
-        temporary.rename(path / f"{stem}-{checksum[:12]}{suffix}")
+        put_in_place(temporary, path / f"{stem}-{checksum[:12]}{suffix}")
     finally:
         temporary.unlink(missing_ok=True)
     return {"file": f"{stem}-{checksum[:12]}{suffix}", "sha256": checksum}

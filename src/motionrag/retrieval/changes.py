@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from motionrag.errors import MotionRAGError
-from motionrag.io import sha256, write_json
+from motionrag.io import put_in_place, sha256, write_json
 from motionrag.retrieval.bank import PART_FILE, PARTS, Part, PartWriter, writer_lock
 from motionrag.retrieval.building import Contents, Entry, build_locked, publish, read_entries
 from motionrag.retrieval.database import (
@@ -94,7 +94,7 @@ def merge(path: str | Path, others: Sequence[str | Path], **settings: Any) -> di
             build_locked(partial, **settings)
             if path.exists():
                 path.rmdir()
-            partial.rename(path)
+            put_in_place(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return read_manifest(path)
@@ -268,7 +268,7 @@ def _copy(entry: Entry, db: Path, name: str) -> Part:
         try:
             for file in entry.part.path.iterdir():
                 shutil.copy(file, partial)
-            partial.rename(db / PARTS / name)
+            put_in_place(partial, db / PARTS / name)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     else:
