@@ -95,7 +95,7 @@ def world(db_clips: int, test_clips: int, seed: int) -> tuple[Path, Path]:
         verb("pack", f"table={root}/world/clips.csv", f"videos={root}/world/videos", f"out={root}/shards")
         verb("pack", f"table={table}", f"videos={videos}", f"out={shards}")
         verb("encode", f"shards={root}/shards", f"out={db}")
-        verb("index", f"db={db}")
+        verb("index", f"db={db}", "near_duplicate=null")
         write_text(done, "")
     return db, shards
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 # Before torch and the hub libraries are imported: small machines, and no test may reach a network.
@@ -43,6 +45,22 @@ def motionrag(tmp_path):
         )
 
     return run
+
+
+@pytest.fixture
+def small_files():
+    """`with small_files(n):` no file of this process can grow beyond `n` bytes: a disk that is full there."""
+
+    @contextmanager
+    def limited(size: int):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return limited
 
 
 @pytest.fixture(scope="session")

@@ -83,7 +83,7 @@ def packed(run, clips):
 @pytest.fixture
 def database(run, packed):
     assert run("encode", "shards=shards", "out=db")[0] == 0
-    code, out, _ = run("index", "db=db")
+    code, out, _ = run("index", "db=db", "near_duplicate=null")  # "a square drops", "a square rises"
     assert code == 0
     assert "index: 7 clips, 16 neighbours each -> db" in out
 

@@ -1,8 +1,11 @@
 """Motion captions: rules, checks, a language model of our own making, and tables that lose nothing."""
 
 import json
+import multiprocessing
 import os
+import signal
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -12,6 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from motionrag import cli
+from motionrag.data import captions
 from motionrag.data.captions import LLMCaptioner, RuleCaptioner, caption_table, fault, rule_caption
 from motionrag.errors import MotionRAGError
 
@@ -198,6 +202,64 @@ def test_killed_runs_and_longer_tables_pay_for_new_captions_only(tmp_path):
     captioner.identity = {"captioner": "another"}  # its answers are not theirs
     caption_table(table, out, captioner, COLUMNS, overwrite=True)
     assert captioner.asked == captions
+
+
+class Killed(Scripted):
+    """Is killed, without warning, when it is asked for `stop_at`."""
+
+    def write(self, captions):
+        if self.stop_at in captions:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().write(captions)
+
+
+@pytest.mark.parametrize("while_writing", [False, True])
+def test_after_kill_9_it_comes_to_the_same(tmp_path, while_writing):
+    answers = {f"ball number {i} rolls": f"ball number {i} rolls away" for i in range(6)}
+    table = save(tmp_path / "t.csv", [{"caption": caption} for caption in answers])
+    out = tmp_path / "out.csv"
+    caption_table(table, tmp_path / "whole.csv", Scripted(answers), COLUMNS, batch_size=2)
+
+    def work():
+        if while_writing:
+            captions._WRITERS[".csv"] = lambda frame, path: (
+                path.write_text("half"),
+                os.kill(os.getpid(), signal.SIGKILL),
+            )
+        stop_at = None if while_writing else "ball number 4 rolls"
+        caption_table(table, out, Killed(answers, stop_at=stop_at), COLUMNS, batch_size=2)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL and not out.exists()
+    captioner = Scripted(answers)
+    caption_table(table, out, captioner, COLUMNS, batch_size=2)
+    assert captioner.asked == list(answers)[6 if while_writing else 4 :]
+    assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+@pytest.mark.parametrize("what", ["cache", "table"])
+def test_a_full_disk(tmp_path, small_files, suffix, what):
+    """One line, no table; what was written is kept, and the same command goes on."""
+    noise = (
+        np.random.default_rng(0).integers(0, 2**63, 6 * 40).reshape(6, -1).tolist()
+    )  # not to be compressed
+    answers = {f"ball number {i} rolls": f"ball number {i} rolls away" for i in range(6)}
+    rows = [{"caption": caption, "note": str(own)} for caption, own in zip(answers, noise, strict=True)]
+    table, out = save(tmp_path / f"t{suffix}", rows), tmp_path / f"out{suffix}"
+    whole = tmp_path / f"whole{suffix}"
+    caption_table(table, whole, Scripted(answers), COLUMNS, batch_size=2)
+    size = (tmp_path / f"whole{suffix}.cache.jsonl").stat().st_size
+    with small_files(size // 2 - 1 if what == "cache" else size), pytest.raises(OSError) as caught:
+        caption_table(table, out, Scripted(answers), COLUMNS, batch_size=2)
+    assert cli.user_message(caught.value).startswith("no more is allowed in a file")
+    assert not out.exists() and not list(tmp_path.glob(".*"))
+    captioner = Scripted(answers)
+    caption_table(table, out, captioner, COLUMNS, batch_size=2)
+    assert captioner.asked == list(answers)[2 if what == "cache" else 6 :]
+    assert out.read_bytes() == whole.read_bytes()
 
 
 def test_mistakes_with_tables(tmp_path):

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from motionrag import cli
+from motionrag.errors import MotionRAGError
 from motionrag.retrieval.database import RetrievalDatabase
 
 
@@ -97,3 +99,38 @@ def test_the_report(run, write_store, tmp_path):
     assert code == 0, error
     references = json.loads((tmp_path / "run/references.json").read_text())["references"]
     assert [reference["action"] for reference in references] == ["a1", "a1"]
+
+
+def test_copies_of_a_caption_are_found_but_not_learnt_from(run, write_store):
+    captions = np.eye(6, dtype=np.float32)[[0, 0, 1, 1, 2, 3]]
+    captions[1] = (0.96, 0.28, 0, 0, 0, 0)  # nearly the caption of clip 0
+    path, _ = write_store((6,), "db", embeddings=captions)
+    for words, neighbours in {
+        (): {"c2", "c3", "c4", "c5"},
+        ("near_duplicate=null",): set("c1 c2 c3 c4 c5".split()),
+    }.items():
+        assert run("index", "db=db", *words)[0] == 0
+        db = RetrievalDatabase(path)
+        assert set(db.neighbours("c0", len(neighbours))) == neighbours
+        assert db.search(captions[0], 2)[0][0] == ["c0", "c1"]  # and by whoever asks with that caption
+    run("index", "db=db")
+    with pytest.raises(
+        MotionRAGError, match="near_duplicate=0.95; lower k or .*near_duplicate=null if captions repeat"
+    ):
+        RetrievalDatabase(path).neighbours("c0", 5)
+
+
+def test_the_oracle_asks_with_motion(run, write_store, tmp_path):
+    _, features = write_store((8, 4), "db", extra=extra)
+    run("index", "db=db")
+    code, _, error = run("retrieve", "db=db", "label=action", "k=2", "retriever=oracle")
+    assert code == 0, error
+    found = json.loads((tmp_path / "run/report.json").read_text())["found"]
+    pooled = {i: own["motion"].astype("f4").mean(0) for i, own in features.items()}
+    mean = np.mean(list(pooled.values()), 0)
+    unit = {i: (own - mean) / np.linalg.norm(own - mean) for i, own in pooled.items()}
+    for clip_id, own in found.items():
+        nearest = sorted(unit.keys() - {clip_id}, key=lambda i, clip_id=clip_id: -unit[i] @ unit[clip_id])
+        assert own["ids"] == nearest[:2]
+    code, _, error = run("retrieve", "a prompt", "db=db", "k=2", "retriever=oracle")
+    assert code == 2 and "got a text; it serves evaluate, and the report" in error

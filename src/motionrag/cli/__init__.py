@@ -397,7 +397,8 @@ def user_message(error: BaseException) -> str | None:
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, MotionRAGError):
-            return str(link)
+            # a loader's worker hands it on with a traceback in it
+            return str(link).rpartition("motionrag.errors.MotionRAGError: ")[2]
         if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             name = link.filename2 or link.filename  # of a copy the target
             what = (

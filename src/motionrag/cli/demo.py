@@ -36,7 +36,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     steps.verb("pack", f"table={world}/clips.csv", f"videos={world}/videos", f"out={world}/shards")
     steps.verb("pack", f"table={table}", f"videos={videos}", f"out={test}/shards")
     steps.verb("encode", f"shards={world}/shards", f"out={db}")
-    steps.verb("index", f"db={db}")
+    # MotionWorld's captions are made of few phrases: clips with like ones are no copies
+    steps.verb("index", f"db={db}", "near_duplicate=null")
     prompt, retriever = "follows a spiral that opens up", f"retriever={cfg.retriever}"
     steps.verb("retrieve", f"prompt='{prompt}'", f"db={db}", retriever, "k=3", f"out={out}/retrieve")
     if cfg.train_steps:

@@ -371,7 +371,7 @@ def make_motionworld(
         pack(table, partial / "videos", partial / "shards")
         made = instantiate(encoders, _convert_="all")
         encode(ShardIndex.open(partial / "shards"), partial / "db", made, batch_size=32, max_bad=0.0)
-        build(partial / "db")
+        build(partial / "db", near_duplicate=None)  # its captions are made of few phrases
         write_json(partial / "recipe.json", recipe)
         try:
             put_in_place(partial, folder)

@@ -291,10 +291,11 @@ class RetrievalDatabase:
         exclude: ids that must not be among them. Raises :class:`MotionRAGError` if the database has fewer, or
         ``index`` stored fewer.
         """
+        alike = self.manifest["neighbours"].get("near_duplicate")
+        index = f"motionrag index db={self.path}{'' if alike else ' near_duplicate=null'}"
         if k > self._neighbours.shape[1]:
             raise MotionRAGError(
-                f"k={k}, but {self.path} keeps {self._neighbours.shape[1]} neighbours per clip; run "
-                f"motionrag index db={self.path} neighbours={k}"
+                f"k={k}, but {self.path} keeps {self._neighbours.shape[1]} neighbours per clip; run {index} neighbours={k}"
             )
         numbers = self._neighbours[self.row(clip_id)]
         stored = self._named(numbers[numbers >= 0])
@@ -302,15 +303,15 @@ class RetrievalDatabase:
         if len(found) < k <= len(stored):
             raise MotionRAGError(
                 f"k={k}, but of the {len(stored)} neighbours that {self.path} keeps of '{clip_id}' only {len(found)} "
-                f"may be used, the others are validation clips; run motionrag index db={self.path} "
+                f"may be used, the others are validation clips; run {index} "
                 f"neighbours={2 * self._neighbours.shape[1]}"
             )
         if len(found) < k:
-            alike = self.manifest["neighbours"].get("near_duplicate")
+            instead = ", or index it with near_duplicate=null if captions repeat by design" if alike else ""
             raise MotionRAGError(
                 f"k={k}, but {self.path} has only {len(found)} clips of other sources than '{clip_id}'"
-                f"{f' whose captions are less alike than near_duplicate={alike:g}' if alike else ''}; "
-                "lower k or use a larger database"
+                f"{f' whose captions are less alike than near_duplicate={alike:g}' if alike else ''}; lower k or use a "
+                f"larger database{instead}"
             )
         return found
 

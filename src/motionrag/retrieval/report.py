@@ -10,7 +10,7 @@ import numpy as np
 
 from motionrag.errors import MotionRAGError
 from motionrag.retrieval.database import RetrievalDatabase
-from motionrag.retrieval.retrievers import Retriever
+from motionrag.retrieval.retrievers import OracleRetriever, Retriever
 
 #: Cosine of two captions that say the same in nearly the same words.
 ALIKE = 0.95
@@ -26,8 +26,8 @@ def assess(
 ) -> tuple[dict[str, Any], dict[str, tuple[list[str], np.ndarray]]]:
     """Ask for ``k`` references of clips of the database as if they were new: numbers, and what was found by id.
 
-    A clip is asked for by its motion caption and first frame; clips of its source are left out. label: column
-    that says which clips show the same. Asked are up to ``queries`` clips, chosen by a fixed seed, whose label
+    A clip is asked for by its motion caption and first frame (the oracle by its motion); clips of its source are left
+    out. label: column that says which clips show the same. Asked are up to ``queries`` clips, chosen by a fixed seed, whose label
     a clip of another source has too. For j up to k, over all queries:
 
     - ``recall@j``: share with at least one clip of their label among the first j; ``precision@j``: mean share
@@ -59,7 +59,9 @@ def assess(
     alike = np.zeros((len(rows), k), bool)
     for line, clip_id in enumerate(track([db.ids[row] for row in rows])):
         image = db.appearance_features([clip_id])[0]
-        ids, scores = retriever.retrieve(db.motion_caption(clip_id), k, db.same_source(clip_id), image)
+        oracle = isinstance(retriever, OracleRetriever)
+        query = db.motion_features([clip_id])[0] if oracle else db.motion_caption(clip_id)
+        ids, scores = retriever.retrieve(query, k, db.same_source(clip_id), image)
         found[clip_id] = ids, scores
         right[line] = [labels[db.row(other)] == labels[rows[line]] for other in ids]
         alike[line] = db.caption_vectors(ids) @ db.caption_vectors([clip_id])[0] >= ALIKE

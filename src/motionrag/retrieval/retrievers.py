@@ -207,7 +207,8 @@ class OracleRetriever:
             got = "a text" if features is None else str(features.shape)
             raise MotionRAGError(
                 f"the oracle retriever is asked with motion features {self.db.manifest['shapes']['motion']} of "
-                f"the true clip, got {got}"
+                f"the true clip, got {got}; it serves evaluate, and the report "
+                "(motionrag retrieve db=DB label=COLUMN)"
             )
         rows = self.db.candidates(k, exclude, self.where)
         mean, directions = self._pooled
