@@ -15,12 +15,14 @@ def test_index(tmp_path, monkeypatch, capsys):
     words = ["bench.clips=2000", "bench.width=32", "bench.queries=20", "bench.kinds=[flat,ivf_flat,hnsw]"]
     assert cli.main(["bench", "index", *words, "hydra.run.dir=out"]) == 0
     results = json.loads((tmp_path / "out/results.json").read_text())
-    exact, flat, *almost = results["rows"]
-    assert exact["recall"] == flat["recall"] == exact["of_numpy"] == 1
-    assert [row["method"].split(",")[1] for row in (flat, *almost)] == [" flat", " ivf_flat", " hnsw"]
+    exact, flat, whole, *almost = results["rows"]
+    assert exact["recall"] == flat["recall"] == whole["recall"] == exact["of_numpy"] == 1
+    ours = [tuple(row["method"].split(", ")[:2]) for row in (flat, whole, *almost)]
+    assert ours == [(by, kind) for kind in ("flat", "ivf_flat", "hnsw") for by in ("motionrag", "db.search")]
+    assert [row["recall"] for row in almost[::2]] == [row["recall"] for row in almost[1::2]]
     for row in almost:
         assert row["recall"] > 0.9 and row["p50_ms"] > 0 and row["of_lancedb"] is None
-    assert "x NumPy" in results["summary"]
+    assert "x NumPy; db.search " in results["summary"]
 
 
 def test_lancedb_is_asked_for_and_missing(monkeypatch):

@@ -10,12 +10,15 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from motionrag.errors import MotionRAGError
 from motionrag.io import sha256
-from motionrag.retrieval import changes
+from motionrag.retrieval import changes, database
 from motionrag.retrieval.building import build
 from motionrag.retrieval.database import RetrievalDatabase
+from motionrag.retrieval.group import open_database
 
 
 class FakeCaptions:
@@ -280,6 +283,50 @@ def test_clips_are_chosen_by_their_columns(write_database):
         db.where("speed=1")
     with pytest.raises(MotionRAGError, match="where=action: expected column=value or column!=value"):
         db.where(["split=test", "action"])
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("few", [0, 10_000])
+def test_a_filtered_search_is_that_of_brute_force(write_database, monkeypatch, few, several):
+    """Through the index's mask (few=0) and without the index; clips have gone, so numbers are no rows."""
+    monkeypatch.setattr(database, "FEW", few)
+    extra = lambda n: {"action": f"a{n % 3}", "metadata": {"split": "test" if n % 4 else "train"}}  # noqa: E731
+    path, features = write_database((7, 13), extra=extra)
+    changes.remove(path, gone := ["c0", "c8", "c19"])
+    paths = [path]
+    if several:
+        other, more = write_database((9,), "other", prefix="o", seed=1, extra=extra)
+        paths, features = [path, other], features | more
+    db = open_database(paths)
+    tags = {i: extra(int(i[1:])) for i in features if i not in gone}
+    met = {
+        "action=a1": lambda tag: tag["action"] == "a1",
+        "action!=a2": lambda tag: tag["action"] != "a2",
+        "split=train": lambda tag: tag["metadata"]["split"] == "train",
+    }
+
+    @settings(max_examples=40, deadline=None)
+    @given(
+        where=st.lists(st.sampled_from(sorted(met)), unique=True),
+        exclude=st.sets(st.sampled_from([*tags, "c0", "nobody"]), max_size=6),
+        k=st.integers(1, 8),
+        seed=st.integers(0, 99),
+    )
+    def check(where, exclude, k, seed):
+        query = np.random.default_rng(seed).normal(size=6).astype("f4")
+        scores = {
+            i: features[i]["caption"] @ query for i, tag in tags.items() if all(met[c](tag) for c in where)
+        }
+        best = sorted(scores.keys() - exclude, key=lambda i: -scores[i])
+        if len(best) < k:
+            with pytest.raises(MotionRAGError, match=f"k={k} is more than the database .* has"):
+                db.search(query, k, exclude, where)
+            return
+        ids, found = db.search(query, k, exclude, where)[0]
+        assert ids == best[:k]
+        np.testing.assert_allclose(found, [scores[i] for i in ids], rtol=1e-5, atol=1e-6)
+
+    check()
 
 
 def test_near_duplicate_captions_are_no_neighbours(write_store):

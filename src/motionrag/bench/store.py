@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from motionrag.bench.index import vectors_like_captions
 from motionrag.errors import MotionRAGError
 from motionrag.io import write_json
 from motionrag.retrieval.bank import PartWriter
@@ -50,7 +49,8 @@ def run(
         with TemporaryDirectory(dir=folder) as place:
             path = Path(place) / "db"
             start = time.perf_counter()
-            write(path, count, (tokens, width), part, seed)
+            captions, _ = vectors_like_captions(np.random.default_rng(seed), count, CAPTION_WIDTH, 0)
+            write(path, captions, (tokens, width), part, seed)
             written = time.perf_counter()
             build(path)
             indexed = time.perf_counter()
@@ -69,13 +69,23 @@ def run(
     }
 
 
-def write(path: Path, clips: int, shape: tuple[int, int], part: int, seed: int) -> None:
-    """A token store at ``path``, every clip from a source of its own."""
-    rng = np.random.default_rng(seed)
-    captions, _ = vectors_like_captions(rng, clips, CAPTION_WIDTH, 0)
+def vectors_like_captions(
+    rng: np.random.Generator, clips: int, width: int, queries: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors (clips, width) and queries (queries, width) float32 of length 1 around clips/50 centres."""
+    centres = rng.standard_normal((max(clips // 50, 1), width), np.float32)
+    both = rng.standard_normal((clips + queries, width), np.float32)
+    both += centres[rng.integers(0, len(centres), len(both))]
+    both /= np.linalg.norm(both, axis=1, keepdims=True)
+    return both[:clips], both[clips:]
+
+
+def write(path: Path, captions: np.ndarray, shape: tuple[int, int], part: int, seed: int) -> None:
+    """A token store at ``path`` of clips with captions (clips, width), every clip from a source of its own."""
+    rng, clips = np.random.default_rng(seed), len(captions)
     motion = rng.standard_normal((part, *shape), np.float32).astype(np.float16)
     preview = np.zeros((1, 8, 8, 3), np.uint8)
-    identity = {"name": "none", "width": CAPTION_WIDTH, "weights": "0" * 64}
+    identity = {"name": "none", "width": captions.shape[1], "weights": "0" * 64}
     starts = range(0, clips, part)
     store = {
         "shards": [{"file": f"clips-{n:06d}.tar"} for n in range(len(starts))],
