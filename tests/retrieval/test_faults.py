@@ -187,3 +187,25 @@ def test_a_full_disk(write_store, tmp_path, how, reason, small):
         resize(9_000_000)
         changes.add(path, [other])
         assert changes.verify(path)["clips"] == 600
+
+
+def test_more_parts_than_file_descriptors(write_store):
+    """A million clips in shards of a hundred are ten thousand parts, and a process often has 1024 descriptors."""
+    path, features = write_store((1,) * 30, precision="int8")
+    limits, there = resource.getrlimit(resource.RLIMIT_NOFILE), len(os.listdir("/dev/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * there + 40, limits[1]))
+    try:
+        build(path, 3)
+        changes.verify(path)
+        db = RetrievalDatabase(path)
+        for _ in range(2):
+            read = [(db.motion_features([i]), db.appearance_features([i]), db.preview(i)) for i in db.ids]
+            assert np.array_equal(db.caption_embeddings, [own["caption"] for own in features.values()])
+            assert len(db.search(features["c7"]["caption"], 30)[0][0]) == 30
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    again = RetrievalDatabase(path)
+    for clip_id, (motion, appearance, preview) in zip(db.ids, read, strict=True):
+        assert motion.equal(again.motion_features([clip_id]))
+        assert appearance.equal(again.appearance_features([clip_id]))
+        assert np.array_equal(preview, again.preview(clip_id))
