@@ -3,7 +3,9 @@
 import errno
 import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 
+import faiss
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -125,6 +127,65 @@ def test_excluded_and_disallowed_clips_are_not_found(kind):
     best = queries @ embeddings.T
     best[:, gone] = best[:, ~odd] = -1
     np.testing.assert_allclose(scores, np.sort(best, 1)[:, ::-1][:, :5], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ("flat", "ivf_flat", "ivf_pq"))
+def test_a_gpu_is_used_for_training_and_many_queries(kind, monkeypatch, tmp_path):
+    """Told that there is one: copies are made of the right things at the right time, and the answers are the same."""
+    embeddings, numbers = clusters(1500), np.arange(1500) * 2
+    plain = index_of(embeddings, kind, numbers)
+    copied = []
+
+    def index_cpu_to_gpu(resources, device, index, options):
+        assert (resources, device, options.allowCpuCoarseQuantizer) == ("resources", 0, True)
+        copied.append((type(index).__name__, index.ntotal))
+        return faiss.clone_index(index)
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", index_cpu_to_gpu, raising=False)
+    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: "resources", raising=False)
+    monkeypatch.setattr(faiss, "GpuClonerOptions", SimpleNamespace, raising=False)
+    index = index_of(embeddings, kind, numbers)
+    trained = [] if kind == "flat" else [("IndexFlatIP", 0)]
+    assert copied == trained
+    large = {"flat": "IndexFlatIP", "ivf_flat": "IndexIVFFlat"}.get(kind)
+    for count in (1500, 1490):
+        copied.clear()
+        few, many = embeddings[:255], embeddings[:256]
+        assert (index.search(few, 9)[0] == plain.search(few, 9)[0]).all() and not copied
+        index.search(many, 9, excluded=numbers[:1])  # filters are for the CPU
+        index.search(many, 3000)
+        assert not copied
+        expected = [
+            np.concatenate(parts)
+            for parts in zip(plain.search(many[:99], 9), plain.search(many[99:], 9), strict=True)
+        ]
+        for _ in range(2):
+            for found, wanted in zip(index.search(many, 9), expected, strict=True):
+                np.testing.assert_allclose(found, wanted, atol=1e-6)
+        assert copied == ([(large, count)] if large else [])
+        index.remove(numbers[:10])
+        plain.remove(numbers[:10])
+    index.save(tmp_path / "i")  # is as one that never saw a GPU
+    plain.save(tmp_path / "plain")
+    assert (tmp_path / "i").read_bytes() == (tmp_path / "plain").read_bytes()
+
+
+def test_k_means_in_two_levels_uses_a_gpu(monkeypatch):
+    used = []
+
+    class Kmeans(faiss.Kmeans):
+        def __init__(self, *args, gpu, **options):
+            used.append(gpu)
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(faiss, "Kmeans", Kmeans)
+    plain = module.two_level_centres(clusters(1000), 16)
+    assert used and not any(used)
+    used.clear()
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    np.testing.assert_array_equal(module.two_level_centres(clusters(1000), 16), plain)
+    assert used and all(used)
 
 
 @pytest.mark.parametrize("kind", ("flat", "ivf_flat", "ivf_pq"))

@@ -31,6 +31,9 @@ MOST_TRAINED = 2_000_000
 #: ivf_pq: for each clip asked for, so many are taken by their codes and ordered by their embeddings.
 REFINE = 30
 
+#: With faiss-gpu and a GPU, queries from which on a search is done there, if it asks for no more clips and cells.
+BULK, MOST_ON_GPU = 256, 2048
+
 #: Gives the stored embeddings (m,W) float32 of clip numbers (m,).
 Fetch = Callable[[np.ndarray], np.ndarray]
 
@@ -62,7 +65,9 @@ class CaptionIndex:
 
     ``flat`` is exact; ``ivf_flat`` looks into the nearest cells (see :func:`cell_count`); ``ivf_pq`` does, keeps W/8
     bytes for each clip, and orders what it found by the embeddings; ``hnsw`` follows a graph. All scores are
-    exact inner products. ``effort`` is the number of cells looked into, or hnsw's width of search.
+    exact inner products. ``effort`` is the number of cells looked into, or hnsw's width of search. With faiss-gpu and a
+    GPU, cells are trained there, and unfiltered searches for many queries (``flat`` and ``ivf_flat``: the neighbours of all
+    clips) use a copy there.
     """
 
     def __init__(self, index: faiss.Index, fetch: Fetch | None = None) -> None:
@@ -72,6 +77,7 @@ class CaptionIndex:
         classes = (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexIVFPQ, faiss.IndexHNSWFlat)
         self.kind = next(kind for kind, cls in zip(KINDS, classes, strict=True) if isinstance(inner, cls))
         self._inner = inner
+        self._copy: faiss.Index | None = None  # on a GPU
 
     @classmethod
     def empty(cls, kind: str, sample: np.ndarray, clips: int, fetch: Fetch | None = None) -> CaptionIndex:
@@ -105,11 +111,16 @@ class CaptionIndex:
             index.pq.cp.min_points_per_centroid = 1  # no warning: the order is put right by the embeddings
         index.cp.spherical = True
         index.cp.min_points_per_centroid = 1
+        if faiss.get_num_gpus():
+            trainer = _on_gpu(faiss.IndexFlatIP(width))
+            index.clustering_index = trainer  # FAISS does not hold on to it
         index.train(sample)  # not the cells, if they are there
+        index.clustering_index = None
         return cls(index, fetch)
 
     def add(self, embeddings: np.ndarray, numbers: np.ndarray) -> None:
         """Add embeddings (m,W) under new numbers (m,) int64."""
+        self._copy = None
         self.index.add_with_ids(_rows(embeddings), np.ascontiguousarray(numbers, np.int64))
 
     def remove(self, numbers: np.ndarray) -> None:
@@ -118,6 +129,7 @@ class CaptionIndex:
             raise MotionRAGError(
                 "an hnsw index cannot forget clips; build another kind first: motionrag index db=DB kind=ivf_flat"
             )
+        self._copy = None
         self.index.remove_ids(np.ascontiguousarray(numbers, np.int64))
 
     def save(self, path: str | Path) -> None:
@@ -159,6 +171,7 @@ class CaptionIndex:
 
     @effort.setter
     def effort(self, value: int) -> None:
+        self._copy = None
         if self.kind == "hnsw":
             self._inner.hnsw.efSearch = value
         elif self.kind != "flat":
@@ -206,6 +219,8 @@ class CaptionIndex:
         elif excluded is not None and len(excluded):
             selector = faiss.IDSelectorNot(faiss.IDSelectorBatch(np.asarray(excluded, dtype=np.int64)))
         queries = _rows(queries)
+        if selector is None and len(queries) >= BULK and self._fits_a_gpu(k):
+            return self._search_on_gpu(queries, k)
         wanted = min(REFINE * k, len(self)) if self.kind == "ivf_pq" else k
         threads = faiss.omp_get_max_threads()
         if len(queries) == 1:
@@ -215,6 +230,18 @@ class CaptionIndex:
         finally:
             faiss.omp_set_num_threads(threads)
         return self._refined(queries, numbers, k) if self.kind == "ivf_pq" else (numbers, scores)
+
+    def _fits_a_gpu(self, k: int) -> bool:
+        fits = self.kind in ("flat", "ivf_flat") and max(k, self.effort) <= MOST_ON_GPU
+        return fits and faiss.get_num_gpus() > 0
+
+    def _search_on_gpu(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        if self._copy is None:
+            self._copy = _on_gpu(self._inner)
+        scores, numbers = self._copy.search(queries, k)
+        if self.kind == "flat":  # the copy knows places only
+            numbers = np.where(numbers < 0, -1, faiss.vector_to_array(self.index.id_map)[numbers])
+        return numbers, scores
 
     def _parameters(self, selector: faiss.IDSelector | None, wanted: int) -> faiss.SearchParameters:
         if self.kind == "flat":
@@ -298,6 +325,7 @@ def two_level_centres(sample: np.ndarray, cells: int, turns: int = 2) -> np.ndar
     the nearest centre is found by codes. Seeded.
     """
     options = {"spherical": True, "niter": 10, "seed": 0, "min_points_per_centroid": 1}
+    options["gpu"] = faiss.get_num_gpus() > 0
     coarse = faiss.Kmeans(sample.shape[1], round(cells**0.5), max_points_per_centroid=2000, **options)
     coarse.train(sample)
     group = coarse.assign(sample)[1]
@@ -333,6 +361,13 @@ def _coarse(centres: np.ndarray) -> faiss.Index:
     index.train(centres)
     index.add(centres)
     return index
+
+
+def _on_gpu(index: faiss.Index) -> faiss.Index:
+    """A copy on the first GPU; what finds its cells may stay here."""
+    options = faiss.GpuClonerOptions()
+    options.allowCpuCoarseQuantizer = True
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index, options)
 
 
 def _rows(values: np.ndarray) -> np.ndarray:
