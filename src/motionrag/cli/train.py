@@ -353,7 +353,7 @@ def make_motionworld(
     from motionrag.data.packing import pack
     from motionrag.data.shards import ShardIndex
     from motionrag.errors import MotionRAGError
-    from motionrag.io import put_in_place, read_json, write_json
+    from motionrag.io import read_json, write_json
     from motionrag.retrieval.building import build
 
     folder = Path(out)
@@ -374,7 +374,7 @@ def make_motionworld(
         build(partial / "db", near_duplicate=None)  # its captions are made of few phrases
         write_json(partial / "recipe.json", recipe)
         try:
-            put_in_place(partial, folder)
+            partial.rename(folder)
         except OSError:
             if not (folder / "recipe.json").is_file():  # else another process was faster
                 raise
