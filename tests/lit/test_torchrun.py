@@ -100,3 +100,15 @@ def test_a_node_that_vanishes_ends_the_others(torchrun, tmp_path):
     (run,) = (tmp_path / "outputs" / "train").iterdir()
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
     assert not (run / "results.json").exists()
+
+
+def test_a_sweep_runs_as_if_torchrun_were_not_there(torchrun, tmp_path):
+    codes, said = torchrun(1, "trainer.max_steps=2", "seed=1,2", "-m", "hydra.sweep.dir=S")
+    assert codes == [0], said
+    runs = sorted(path for path in (tmp_path / "S").iterdir() if path.is_dir())
+    assert [run.name for run in runs] == ["seed=1", "seed=2"] and not (tmp_path / "outputs/train").exists()
+    for run in runs:
+        for one in ("*.log", "wandb/offline-run-*", "csv/version_*", "results.json"):
+            assert len(list(run.glob(one))) == 1, one
+        saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+        assert saved["MotionDataModule"]["clips"] == 2 * 2 * 4  # steps, processes, clips of each

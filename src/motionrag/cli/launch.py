@@ -12,6 +12,7 @@ import atexit
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -25,6 +26,8 @@ from omegaconf import DictConfig, OmegaConf
 from motionrag.errors import MotionRAGError
 from motionrag.sweeps import slurm_job
 
+# What torchrun tells its processes.
+TORCHRUN = re.compile(r"(TORCHELASTIC_|MASTER_|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|ROLE_NAME$)")
 SAME_PROCESS = ("ddp_fork", "ddp_spawn", "ddp_notebook")  # strategies that make their own processes
 # What a rank says when another one is gone: never the reason.
 PEER_LOST = (
@@ -57,7 +60,8 @@ def is_rank() -> bool:
 def join(multirun: bool) -> None:
     """Make this process fit for being one of several, or for a Slurm job; elsewhere nothing.
 
-    Raises MotionRAGError for a sweep under torchrun, whose points have processes of their own anyway.
+    A sweep starts the processes of each point itself: of those that torchrun started on one machine the first runs it, as
+    if torchrun were not there, and the others end. Raises MotionRAGError for a sweep on several nodes, or under srun.
     """
     if "SLURM_JOB_ID" in os.environ:
         for number in (signal.SIGUSR1, signal.SIGUSR2):
@@ -68,10 +72,16 @@ def join(multirun: bool) -> None:
     if not is_rank():
         return
     if multirun:
-        raise MotionRAGError(
-            "a sweep starts the processes of each point itself: call motionrag without torchrun and srun, with "
-            "trainer.devices=N (several nodes: launcher=slurm)"
-        )
+        if os.environ.get("TORCHELASTIC_RUN_ID") is None or os.environ["GROUP_WORLD_SIZE"] != "1":
+            raise MotionRAGError(
+                "a sweep starts the processes of each point itself: call motionrag without srun, and without torchrun on "
+                "several nodes, with trainer.devices=N (several nodes: launcher=slurm)"
+            )
+        if rank():
+            raise SystemExit(0)
+        for name in [name for name in os.environ if TORCHRUN.match(name)]:
+            del os.environ[name]
+        return
     os.environ["MOTIONRAG_RUN"] = (
         _shared_name()
     )  # conf/hydra/default.yaml: one folder, whenever each rank starts
