@@ -228,6 +228,7 @@ def _rank(
         handlers=[console, *map(logging.FileHandler, logs)],
     )
     logging.getLogger("motionrag").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.captureWarnings(True)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
