@@ -119,6 +119,8 @@ class StoreWriter:
 
         if precision not in PRECISIONS:
             raise MotionRAGError(f"precision={precision}: choose from {', '.join(PRECISIONS)}")
+        if batch_size < 1:
+            raise MotionRAGError(f"batch_size={batch_size}: expected at least 1 clip")
         self.shards, self.out, self.encoders, self.resampler = shards, out, encoders, resampler
         self.batch_size, self.max_bad, self.precision = batch_size, max_bad, precision
         self.mine, self.resampler_name = shards.shards[which], resampler_name
