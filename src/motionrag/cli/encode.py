@@ -45,6 +45,7 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
     warnings.filterwarnings("ignore", ".*does not have many workers")  # a loader of numbers
     warnings.filterwarnings("ignore", "predict returned None")  # it wrote a part
     warnings.filterwarnings("ignore", "The `srun` command is available")
+    warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\)")  # Lightning's, of PyTorch
     shards = ShardIndex.open(str(cfg.shards))
     encoders = instantiate(cfg.encoders, _convert_="all")
     resampler = _resampler(cfg, encoders) if cfg.resampler_weights else None
