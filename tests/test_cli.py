@@ -31,7 +31,8 @@ def app(tmp_path, monkeypatch):
     (conf / "hydra" / "default.yaml").write_text(shipped.read_text())
     (conf / "retrieve.yaml").write_text(
         "# find things\ndefaults: [{hydra: default}, {size: small}, _self_]\n"
-        "prompt: ???\nagain: {text: '${prompt}'}\ndb: null\nk: 9\nseed: 3\nnested: {rate: 1}\n"
+        "prompt: ???\nagain: {text: '${prompt}'}\ndb: null\nk: 9\nseed: 3\nscale: 1.0\n"
+        "draw: true\nnested: {rate: 1}\n"
     )
     (conf / "size" / "small.yaml").write_text("width: 1\n")
     (conf / "size" / "large.yaml").write_text("width: 2\n")
@@ -279,6 +280,22 @@ def test_cfg_job_shows_the_config_and_runs_nothing(app, capsys):
     assert not app.calls
 
 
+def test_cfg_job_resolves_references(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "experiment=smoke", "seed=7", "--cfg", "job"]) == 0
+    shown = OmegaConf.to_container(OmegaConf.create(capsys.readouterr().out))
+    assert shown["seeds"]["noise"] == shown["module"]["seed"] == 7
+    assert shown["db"] == "RUN_FOLDER/data/db"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_cfg_job_of_every_verb(verb, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([verb, "--cfg", "job"]) == 0
+    assert "${" not in capsys.readouterr().out
+
+
 def test_git_state(tmp_path):
     def git(*words):
         subprocess.run(
@@ -316,12 +333,28 @@ def test_unknown_verb(capsys):
         ("size=larg", "unknown size 'larg', did you mean 'large'?; available: large, small"),
         ("size=null", "a group of configs is set to something that is no name"),
         ("db=${nothing}", "nothing"),
+        ("k=nine", "k=nine: expected a whole number (motionrag retrieve --help)"),
+        ("k=2.5", "k=2.5: expected a whole number"),
+        ("k=true", "k=True: expected a whole number"),
+        ("scale=big", "scale=big: expected a number"),
+        ("draw=perhaps", "draw=perhaps: expected true or false"),
     ],
 )
 def test_mistakes_in_overrides(app, capsys, word, expected):
     assert app("x", word) == 2
     assert expected in one_line(capsys)
     assert not app.calls
+
+
+@pytest.mark.parametrize("word", ["scale=2", "k=null", "draw=false", "~k"])
+def test_values_of_the_right_kind(app, word):
+    assert app("x", word) == 0
+
+
+def test_unknown_choice_in_a_list(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["evaluate", "clips=a", "truth=b", "metrics=[action_scores]"]) == 2
+    assert "unknown metrics 'action_scores', did you mean 'action_score'?; available: " in one_line(capsys)
 
 
 def test_suggestions_know_the_chosen_configs(tmp_path, monkeypatch, capsys):

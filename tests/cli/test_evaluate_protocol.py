@@ -159,6 +159,7 @@ def test_whatever_changes_a_protocols_numbers_is_said(word, said):
         ([], "evaluate needs shards=DIR db=DIR"),
         (["clips=a"], "truth=DIR is missing"),
         (["seeds=[1,1]"], "seeds=[1, 1]: expected at least one, each once"),
+        (["shards=.", "db=.", "batch_size=0"], "batch_size=0: expected at least 1 clip"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -271,6 +272,8 @@ def test_videos_by_anyone(run, folders):
     assert "(2 clips) -> scores" in out
     assert run("clips=made", "truth=real", *WITHOUT_MODELS)[0] == 0
     assert read("metrics.json")["conditions"].keys() == {"clips"}
+    code, _, error = run("clips=made", "truth=real", "metrics=[]")
+    assert code == 2 and "metrics=[]: choose at least one" in error
     code, _, error = run("clips=made", "truth=real", "metrics=[motion_arrival]")
     assert code == 2 and "metric motion_arrival: MotionArrival: needs motion_tokens" in error
     code, _, error = run("clips=made", "truth=real", "prompts=prompts.csv", "metrics=[fvd_tiny]")

@@ -128,6 +128,12 @@ def test_clips_of_one_source_stay_on_one_side():
     assert again.val_part.indices == data.val_part.indices
 
 
+@pytest.mark.parametrize("size", [0, -1, 2.5, "two", None])
+def test_a_batch_has_at_least_one_clip(size):
+    with pytest.raises(MotionRAGError, match="data.batch_size=.*: expected at least 1 clip"):
+        module(Numbers(3), batch_size=size)
+
+
 def test_one_source_at_least_is_held_out():
     assert len(module(Numbers(3), val_share=0.001).val_part) == 1
     assert len(module(Numbers(3), val_share=0).val_part) == 0

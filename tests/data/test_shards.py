@@ -188,7 +188,13 @@ def test_nothing_usable_is_an_error(videos, table, tmp_path):
         (
             "video,caption\na.mp4,x\n",
             {},
-            r"no column 'motion_caption' for motion_caption; it has video, caption; .*columns.motion_caption=NAME",
+            r"no column 'motion_caption' for motion_caption; it has video, caption; .*columns.motion_caption=NAME; "
+            r"motionrag caption writes motion captions",
+        ),
+        (
+            "file,caption,motion_caption\na.mp4,x,y\n",
+            {"caption": "text"},
+            r"no column 'video' for video, 'text' for caption; .*columns.video=NAME columns.caption=NAME$",
         ),
         ("video,caption,motion_caption\na.mp4,x,y\n", {"id": "key"}, r"no column 'key' for id"),
         ("video,caption,motion_caption\n", {}, "the table has no rows"),
@@ -199,7 +205,7 @@ def test_nothing_usable_is_an_error(videos, table, tmp_path):
             r"rows 0 and 1 have the same id 'x'",
         ),
     ],
-    ids=["missing", "renamed", "no rows", "empty", "double"],
+    ids=["missing", "two missing", "renamed", "no rows", "empty", "double"],
 )
 def test_bad_tables(tmp_path, text, columns, message):
     (tmp_path / "t.csv").write_text(text)

@@ -91,8 +91,9 @@ def test_the_report(run, write_store, tmp_path):
     assert len(report["found"]) == 12
     assert report["chance"] == pytest.approx(5 / 11)
     assert Image.open(tmp_path / "run/report.png").height > 8 * 4 * 16
-    code, _, error = run("retrieve", "db=db")
-    assert code == 2 and 'needs a prompt (motionrag retrieve "PROMPT" db=DB)' in error
+    for words in ((), ("",)):  # of an empty variable of the shell
+        code, _, error = run("retrieve", *words, "db=db")
+        assert code == 2 and 'needs a prompt (motionrag retrieve "PROMPT" db=DB)' in error
     code, out, error = run(
         "retrieve", "anything", "db=db", "k=2", "retriever=random", "retriever.where=action=a1"
     )

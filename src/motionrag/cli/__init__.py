@@ -280,6 +280,9 @@ def _launch(verb: str, words: list[str]) -> int:
     from motionrag.cli import launch
 
     launch.join(multirun="-m" in overrides or "--multirun" in overrides)
+    if {"--cfg", "-c"} & set(overrides):  # shown resolved; no run folder is made, so its place is a word
+        overrides = ["hydra.runtime.output_dir=RUN_FOLDER", *overrides]
+        overrides += [] if "--resolve" in overrides else ["--resolve"]
     typed = ["motionrag", verb, *words]
     mistakes: list[str] = []
 
@@ -336,6 +339,7 @@ def _run_verb(verb: str, cfg: DictConfig, typed: list[str]) -> float | None:
     from motionrag.cli import gpus, launch
     from motionrag.io import write_json
 
+    check_kinds(verb, cfg)
     if missing := missing_keys(cfg):
         given = " ".join(f"{key}=..." for key in missing)
         raise MotionRAGError(
@@ -379,6 +383,22 @@ def missing_keys(cfg: DictConfig) -> list[str]:
         return found
 
     return walk(OmegaConf.to_container(cfg, resolve=False), "")
+
+
+def check_kinds(verb: str, cfg: DictConfig) -> None:
+    """Raise MotionRAGError for a word where the verb's own config has a number or true/false.
+
+    null is left to the verb; keys of groups are checked by what is made of them.
+    """
+    from omegaconf import OmegaConf
+
+    expected = {bool: "true or false", int: "a whole number", float: "a number"}
+    for key, default in OmegaConf.to_container(OmegaConf.load(conf_dir() / f"{verb}.yaml")).items():
+        kind, value = type(default), OmegaConf.select(cfg, key)
+        if kind not in expected or value is None:
+            continue
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, (kind, int)):
+            raise MotionRAGError(f"{key}={value}: expected {expected[kind]} (motionrag {verb} --help)")
 
 
 def _short(path: Path) -> str:
@@ -452,6 +472,11 @@ def _config_message(verb: str, words: list[str], error: Exception) -> str | None
         key = unknown[1].split("@")[0]
         known = _known_keys(verb, words)
         return f"unknown config key '{key}'{_suggest(key, known)} (motionrag {verb} --help lists the keys)"
+    in_list = re.search(r"Could not load '([\w/]+)/([^/']+)'", text)  # of a list, such as metrics=[...]
+    if in_list and (conf_dir() / in_list[1]).is_dir():
+        group, name = in_list.groups()
+        names = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+        return f"unknown {group} '{name}'{_suggest(name, names)}; available: {', '.join(names)}"
     choice = re.search(
         r"Could not find '([^']+)'\s+Available options in '([^']+)':(.*?)(?:\n\S|\Z)", text, flags=re.S
     )

@@ -45,6 +45,7 @@ def predict(cfg: DictConfig) -> dict[str, Any]:
     warnings.filterwarnings("ignore", ".*does not have many workers")  # a loader of numbers
     warnings.filterwarnings("ignore", "predict returned None")  # it wrote a part
     warnings.filterwarnings("ignore", "The `srun` command is available")
+    warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\)")  # Lightning's, of PyTorch
     shards = ShardIndex.open(str(cfg.shards))
     encoders = instantiate(cfg.encoders, _convert_="all")
     resampler = _resampler(cfg, encoders) if cfg.resampler_weights else None
@@ -119,6 +120,8 @@ class StoreWriter:
 
         if precision not in PRECISIONS:
             raise MotionRAGError(f"precision={precision}: choose from {', '.join(PRECISIONS)}")
+        if batch_size < 1:
+            raise MotionRAGError(f"batch_size={batch_size}: expected at least 1 clip")
         self.shards, self.out, self.encoders, self.resampler = shards, out, encoders, resampler
         self.batch_size, self.max_bad, self.precision = batch_size, max_bad, precision
         self.mine, self.resampler_name = shards.shards[which], resampler_name

@@ -99,6 +99,8 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
         raise MotionRAGError(f"fusion={cfg.fusion}: choose from {', '.join(get_args(Fusion))}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise MotionRAGError(f"seeds={seeds}: expected at least one, each once")
+    if int(cfg.batch_size) < 1:
+        raise MotionRAGError(f"batch_size={cfg.batch_size}: expected at least 1 clip")
     for node in cfg.make:
         instantiate(node)
     check_inputs(cfg)
@@ -207,7 +209,7 @@ def load_metrics(cfg: DictConfig, clips: Mapping[str, int]) -> Metrics:
     from motionrag.errors import MotionRAGError
     from motionrag.evaluation.scores import Metrics
 
-    if not cfg.metrics:
+    if not cfg.get("metrics"):  # an empty list in the defaults leaves no key
         raise MotionRAGError("metrics=[]: choose at least one, e.g. metrics=[action_score,dino_score]")
     makers = {str(name): partial(instantiate, node) for name, node in cfg.metrics.items()}
     metrics = Metrics(makers, str(cfg.metric_errors))

@@ -28,7 +28,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from motionrag.retrieval.database import check_depth
     from motionrag.retrieval.group import open_database
 
-    if cfg.prompt is None and cfg.image is None and cfg.label is None:
+    if not cfg.prompt and cfg.image is None and cfg.label is None:
         raise MotionRAGError(
             'retrieve needs a prompt (motionrag retrieve "PROMPT" db=DB), image=FILE or label=COLUMN'
         )

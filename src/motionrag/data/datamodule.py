@@ -323,6 +323,8 @@ class MotionDataModule(L.LightningDataModule):
         pin_memory: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise MotionRAGError(f"data.batch_size={batch_size}: expected at least 1 clip for a step")
         self.clips, self.batch_size, self.val_batches = clips, batch_size, val_batches
         self.seed = seed
         self.loader = {"num_workers": workers, "pin_memory": pin_memory, "persistent_workers": workers > 0}

@@ -84,13 +84,18 @@ def read_table(
     for column in texts:
         if column in frame:
             frame[column] = frame[column].map(lambda value: value if _missing(value) else str(value))
-    for name, column in known.items():
-        asked_for = name in required or column not in (name, None)
-        if asked_for and column not in frame:
-            raise MotionRAGError(
-                f"{path.name}: no column '{column or name}' for {name}; it has {', '.join(map(str, frame))}; "
-                f"name the right one with columns.{name}=NAME"
-            )
+    missing = {
+        name: column or name
+        for name, column in known.items()
+        if (name in required or column not in (name, None)) and column not in frame
+    }
+    if missing:
+        lacks = ", ".join(f"'{column}' for {name}" for name, column in missing.items())
+        hint = "; motionrag caption writes motion captions" if "motion_caption" in missing else ""
+        raise MotionRAGError(
+            f"{path.name}: no column {lacks}; it has {', '.join(map(str, frame))}; "
+            f"name the right one with {' '.join(f'columns.{name}=NAME' for name in missing)}{hint}"
+        )
     if not len(frame):
         raise MotionRAGError(f"{path.name}: the table has no rows; expected one per clip")
     present = {name: column for name, column in known.items() if column in frame}
