@@ -148,7 +148,9 @@ def write_mp4(
         stream = box.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
         stream.codec_context.thread_count = 1  # the bytes depend on the number of threads
-        stream.options = {"crf": str(crf), "g": "30"}  # frequent key frames: cheap seeks
+        # frequent key frames: cheap seeks; x264's macroblock tree reads memory that it has not set, so that the
+        # same frames now and then gave other bytes
+        stream.options = {"crf": str(crf), "g": "30", "mbtree": "0"}
         for picture in frames:
             box.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
         box.mux(stream.encode())
