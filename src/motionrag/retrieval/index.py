@@ -5,6 +5,7 @@ Search in the main process only: FAISS can hang in forked workers, so there it i
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +52,7 @@ os.register_at_fork(after_in_child=_mark)
 def choose_kind(clips: int, width: int, memory_gb: float) -> str:
     """What ``auto`` means: flat while it is fast, then ivf_flat, or ivf_pq if the embeddings exceed the budget.
 
-    memory_gb: what the index may take. hnsw is never chosen: nothing can be removed from it.
+    memory_gb: what the index may take. hnsw is never chosen: what is removed from it stays in its graph.
     """
     if clips * width <= FLAT_VALUES or clips < TRAINABLE:
         return "flat"
@@ -77,6 +78,7 @@ class CaptionIndex:
         classes = (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexIVFPQ, faiss.IndexHNSWFlat)
         self.kind = next(kind for kind, cls in zip(KINDS, classes, strict=True) if isinstance(inner, cls))
         self._inner = inner
+        self._removed = int((faiss.vector_to_array(index.id_map) < 0).sum()) if self.kind == "hnsw" else 0
         self._copy: faiss.Index | None = None  # on a GPU
 
     @classmethod
@@ -124,11 +126,14 @@ class CaptionIndex:
         self.index.add_with_ids(_rows(embeddings), np.ascontiguousarray(numbers, np.int64))
 
     def remove(self, numbers: np.ndarray) -> None:
-        """Forget these numbers. Raises :class:`MotionRAGError` for hnsw, which cannot."""
+        """Forget these numbers. From hnsw they are not found any more, but stay in the graph, under the number -1."""
         if self.kind == "hnsw":
-            raise MotionRAGError(
-                "an hnsw index cannot forget clips; build another kind first: motionrag index db=DB kind=ivf_flat"
-            )
+            ids = faiss.vector_to_array(self.index.id_map)
+            gone = np.isin(ids, numbers)
+            ids[gone] = -1
+            faiss.copy_array_to_vector(ids, self.index.id_map)
+            self._removed += int(gone.sum())
+            return
         self._copy = None
         self.index.remove_ids(np.ascontiguousarray(numbers, np.int64))
 
@@ -155,7 +160,7 @@ class CaptionIndex:
             ) from error
 
     def __len__(self) -> int:
-        return self.index.ntotal
+        return self.index.ntotal - self._removed
 
     @property
     def width(self) -> int:
@@ -211,6 +216,8 @@ class CaptionIndex:
                 "neighbours that motionrag index stored"
             )
         selector = None
+        if self._removed and allowed is None:  # a bitmap has no place for -1
+            excluded = np.append(np.empty(0, np.int64) if excluded is None else excluded, -1)
         if allowed is not None:
             if excluded is not None:
                 allowed = allowed.copy()
@@ -247,7 +254,9 @@ class CaptionIndex:
         if self.kind == "flat":
             return faiss.SearchParameters(sel=selector)
         if self.kind == "hnsw":
-            return faiss.SearchParametersHNSW(sel=selector, efSearch=max(self.effort, wanted))
+            passed = self.index.ntotal / max(len(self), 1)  # a walk goes through removed clips, too
+            width = math.ceil(max(self.effort, wanted) * passed)
+            return faiss.SearchParametersHNSW(sel=selector, efSearch=width)
         return faiss.SearchParametersIVF(sel=selector, nprobe=self.effort)
 
     def _refined(self, queries: np.ndarray, numbers: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
