@@ -241,7 +241,7 @@ class RetrievalDatabase:
         values = torch.empty(len(ids), *self.manifest["shapes"][name])
         for slot, clip_id in enumerate(ids):
             part, row = self._place(clip_id)
-            values[slot] = part.features(name, row)
+            part.features(name, row, out=values[slot])
         return values
 
     @cached_property
