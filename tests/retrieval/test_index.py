@@ -86,6 +86,18 @@ def test_recall_against_brute_force(kind, tmp_path):
             np.testing.assert_array_equal(expected, again)
 
 
+@pytest.mark.parametrize("needed, taken", [(1, 4), (5, 5), (7, 7), (21, 22), (50, 52), (66, 68), (99, 68)])
+def test_tuning_takes_about_the_least_effort(needed, taken, monkeypatch):
+    index, exact = index_of(clusters(1156), "ivf_flat"), np.ones((2, 9), np.float32)  # 68 cells
+
+    def search(queries, k):
+        return None, exact * (index.effort >= needed)
+
+    monkeypatch.setattr(index, "search", search)
+    assert index.tune(exact, exact, 0.99) == (taken >= needed)
+    assert index.effort == taken
+
+
 @pytest.mark.parametrize("kind", ["ivf_flat", "ivf_pq"])
 def test_fine_cells_of_many_clips(kind, tmp_path, monkeypatch):
     """Above MANY clips: a cell for every 64, found by codes; saved, changed and searched as any other."""
