@@ -153,7 +153,7 @@ class RetrievalDatabase:
     def _place(self, clip_id: str) -> tuple[Part, int]:
         """The part that holds a clip, and its row there."""
         number = int(self._numbers[self.row(clip_id)])
-        part = int(np.searchsorted(self._starts, number, side="right")) - 1
+        part = int(self._starts.searchsorted(number, side="right")) - 1
         return self._part(part), number - int(self._starts[part])
 
     # ------------------------------------------------------------ what is known about clips
