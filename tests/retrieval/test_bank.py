@@ -49,6 +49,21 @@ def test_what_is_read_is_what_was_written(write_store, mmap):
             number += 1
 
 
+def test_a_clip_is_compared_with_its_checksum_at_its_first_read(write_store, monkeypatch):
+    out, features = write_store((3,))
+    part, compared = Part(out / "parts/clips-0"), []
+    checksum = bank.checksum
+    monkeypatch.setattr(bank, "checksum", lambda *values: compared.append(1) or checksum(*values))
+    read = torch.empty(5, 4)
+    for _ in range(2):
+        for row in range(3):
+            assert part.features("motion", row, out=read) is read
+            np.testing.assert_array_equal(read, features[f"c{row}"]["motion"])
+            read += 1  # a copy: what is read next is as it was
+            part.captions([0, row]), part.preview(row)
+    assert len(compared) == 3 * 3
+
+
 def test_headers_keep_their_length_as_rows_grow(tmp_path):
     rows = np.arange(12, dtype=np.float32).reshape(-1, 3)
     array = bank._NpyFile(tmp_path / "x.npy", rows)

@@ -256,16 +256,25 @@ def test_verify_finds_any_flipped_byte(write_database):
         file.write_bytes(data)
 
 
-def test_hnsw_grows_and_cannot_shrink(write_database, write_store):
+def test_hnsw_grows_and_shrinks(write_database, write_store):
     path, features = write_database((30, 20))
     build(path, 4, kind="hnsw")
     other, more = write_store((2,), "other", prefix="o", seed=1)
     changes.add(path, [other])
+    changes.remove(path, ["c0", "c31"])
+    newer, replaced = write_store((2,), "newer", seed=2)
+    changes.remove(path, ["o0"])
+    changes.add(path, [newer], replace=True)  # c0, which was removed, and c1
+    features = {**features, **more, **replaced}
+    del features["c31"], features["o0"]
+    assert changes.verify(path)["clips"] == 50
     db = RetrievalDatabase(path)
     assert db.manifest["index"]["kind"] == db.index.kind == "hnsw"
-    assert db.search(more["o1"]["caption"], 1)[0][0] == ["o1"]
-    with pytest.raises(MotionRAGError, match="cannot forget clips; build another kind first"):
-        changes.remove(path, ["c0"])
+    for clip_id, clip in features.items():
+        assert db.search(clip["caption"], 1)[0][0] == [clip_id]
+    assert set(db.search(more["o1"]["caption"], 50)[0][0]) == set(features)
+    assert db.search(more["o1"]["caption"], 1, exclude=["o1"])[0][0] != ["o1"]
+    assert not {"c31", "o0"} & {n for clip_id in db.ids for n in db.neighbours(clip_id, 4)}
 
 
 @pytest.mark.parametrize("kind", ["ivf_flat", "ivf_pq"])

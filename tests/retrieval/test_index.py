@@ -86,6 +86,18 @@ def test_recall_against_brute_force(kind, tmp_path):
             np.testing.assert_array_equal(expected, again)
 
 
+@pytest.mark.parametrize("needed, taken", [(1, 4), (5, 5), (7, 7), (21, 22), (50, 52), (66, 68), (99, 68)])
+def test_tuning_takes_about_the_least_effort(needed, taken, monkeypatch):
+    index, exact = index_of(clusters(1156), "ivf_flat"), np.ones((2, 9), np.float32)  # 68 cells
+
+    def search(queries, k):
+        return None, exact * (index.effort >= needed)
+
+    monkeypatch.setattr(index, "search", search)
+    assert index.tune(exact, exact, 0.99) == (taken >= needed)
+    assert index.effort == taken
+
+
 @pytest.mark.parametrize("kind", ["ivf_flat", "ivf_pq"])
 def test_fine_cells_of_many_clips(kind, tmp_path, monkeypatch):
     """Above MANY clips: a cell for every 64, found by codes; saved, changed and searched as any other."""
@@ -188,18 +200,37 @@ def test_k_means_in_two_levels_uses_a_gpu(monkeypatch):
     assert used and all(used)
 
 
-@pytest.mark.parametrize("kind", ("flat", "ivf_flat", "ivf_pq"))
-def test_clips_come_and_go_without_training(kind):
+@pytest.mark.parametrize("kind", ("flat", *APPROXIMATE))
+def test_clips_come_and_go_without_training(kind, tmp_path):
     embeddings = clusters(1200)
     index = index_of(embeddings[:1000], kind)
     index.fetch = lambda numbers: embeddings[numbers]
     index.effort = cell_count(1000)
-    index.remove(np.arange(100))
+    index.remove(np.arange(50))
+    index.remove(np.arange(50, 100))
     index.add(embeddings[1000:], np.arange(1000, 1200))
-    assert len(index) == 1100
-    found, _ = index.search(embeddings, 1)
-    assert (found[100:, 0] == np.arange(100, 1200)).mean() > 0.99  # twins apart
-    assert not np.isin(found, np.arange(100)).any()
+    index.save(tmp_path / "i")
+    for kept in (index, *(CaptionIndex.load(tmp_path / "i", mmap, index.fetch) for mmap in (True, False))):
+        assert len(kept) == 1100
+        found, _ = kept.search(embeddings, 1)
+        assert (found[100:, 0] == np.arange(100, 1200)).mean() > 0.99  # twins apart
+        assert not np.isin(found, np.arange(100)).any()
+        for excluded, allowed in ((np.arange(100, 300), None), (np.arange(100, 300), np.arange(1200) != 999)):
+            found, _ = kept.search(embeddings[::10], 9, excluded, allowed)
+            assert (found >= 300).all() and (allowed is None or allowed[found].all())
+
+
+def test_hnsw_finds_as_well_when_most_is_removed(tmp_path):
+    embeddings, queries = clusters(3000), clusters(100, seed=5)
+    index = index_of(embeddings, "hnsw")
+    gone = np.random.default_rng(0).permutation(3000)[:2000]
+    index.remove(gone)
+    left = np.setdiff1d(np.arange(3000), gone)
+    truth = left[np.argsort(-(queries @ embeddings[left].T), axis=1)[:, :9]]
+    found, _ = index.search(queries, 9)
+    assert np.isin(found, left).all()
+    recall = np.mean([len(set(f) & set(t)) / 9 for f, t in zip(found.tolist(), truth.tolist(), strict=True)])
+    assert recall >= 0.97
 
 
 def test_what_auto_means():
@@ -216,8 +247,6 @@ def test_kinds_that_are_not_there_or_too_large():
         MotionRAGError, match="kind=ivf_pq needs at least 1000 clips, here are 30; use kind=flat"
     ):
         CaptionIndex.empty("ivf_pq", vectors(30), 30)
-    with pytest.raises(MotionRAGError, match="an hnsw index cannot forget clips"):
-        index_of(vectors(30), "hnsw").remove(np.array([1]))
 
 
 @pytest.mark.parametrize("mmap", [True, False])

@@ -202,8 +202,8 @@ class Part:
     """Read one part; its arrays and records are opened when first needed.
 
     mmap: map the arrays into memory (many readers share one copy) instead of loading them. about: expected checksum of
-    ``part.json``, if it is known. What is read is compared with its checksum (features at every read, captions and class
-    tokens at the first); all methods raise :class:`MotionRAGError` for damaged files.
+    ``part.json``, if it is known. What is read of a clip is compared with its checksum at the first read; all methods
+    raise :class:`MotionRAGError` for damaged files.
     Raises :class:`MotionRAGError` if a file is missing or of another size than written.
     """
 
@@ -239,9 +239,9 @@ class Part:
             raise MotionRAGError(self._damaged("clips.json"))
         return json.loads(data)
 
-    def features(self, name: str, row: int) -> torch.Tensor:
-        """``motion`` (N,D) or ``appearance`` (M,E) of a clip, float32."""
-        return unpack(*self.stored(name, row))
+    def features(self, name: str, row: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """``motion`` (N,D) or ``appearance`` (M,E) of a clip, float32, written into ``out`` if given."""
+        return unpack(*self.stored(name, row), out=out)
 
     def stored(self, name: str, row: int) -> list[np.ndarray]:
         """The same as it is stored: the values, and for int8 their steps (N,) or (M,)."""
@@ -252,29 +252,32 @@ class Part:
     def class_tokens(self, rows: Any) -> np.ndarray:
         """The first token of appearance (r,E) of clips ``rows``, float32."""
         values = [array[rows, 0] for array in self._with_steps("appearance")]
-        self._compare_once("class_token", rows, *values)
+        self._compare_all("class_token", rows, *values)
         return unpack(*values).numpy()
 
     def captions(self, rows: Any) -> np.ndarray:
         """Embeddings (r,W) float32 of the motion captions of clips ``rows``."""
         values = self.array("caption")[rows]
-        self._compare_once("caption", rows, values)
+        self._compare_all("caption", rows, values)
         return values
 
     def _with_steps(self, name: str) -> list[np.ndarray]:
-        return [self.array(n) for n in (name, f"{name}_step") if f"{n}.npy" in self.about["files"]]
+        return [self._array(n) for n in (name, f"{name}_step") if f"{n}.npy" in self.about["files"]]
 
     def _compare(self, name: str, row: int, *values: np.ndarray) -> None:
-        if "sums.npy" in self.about["files"] and checksum(*values) != self.array("sums")[name][row]:
+        if name not in self._compared:
+            self._compared[name] = np.zeros(len(self), bool)
+        if self._compared[name][row]:
+            return
+        if "sums.npy" in self.about["files"] and checksum(*values) != self._array("sums")[name][row]:
             file = {"class_token": "appearance.npy", "preview": "preview.bin"}.get(name, f"{name}.npy")
             raise MotionRAGError(self._damaged(file, f" at clip '{self.clips[row]['id']}'"))
+        self._compared[name][row] = True
 
-    def _compare_once(self, name: str, rows: Any, *values: np.ndarray) -> None:
-        compared = self._compared.setdefault(name, np.zeros(len(self), bool))
+    def _compare_all(self, name: str, rows: Any, *values: np.ndarray) -> None:
         places = np.arange(len(self))[rows]
-        for at in np.flatnonzero(~compared[places]).tolist():
+        for at in np.flatnonzero(~self._compared.get(name, np.zeros(len(self), bool))[places]).tolist():
             self._compare(name, int(places[at]), *(stored[at] for stored in values))
-        compared[places] = True
 
     @cached_property
     def _previews(self) -> np.ndarray:
@@ -282,7 +285,12 @@ class Part:
         return mapped(file) if self._mmap else np.fromfile(file, np.uint8)
 
     def array(self, name: str) -> np.ndarray:
-        """One of the arrays as it is stored, opened when first needed."""
+        """One of the arrays as it is stored, read-only, opened when first needed."""
+        values = self._array(name).view()
+        values.flags.writeable = False
+        return values
+
+    def _array(self, name: str) -> np.ndarray:
         if name not in self._arrays:
             found = read_npy(self.path / f"{name}.npy", self._mmap)
             if len(found) != len(self) or (name == "sums" and found.dtype != SUMS):
@@ -359,16 +367,14 @@ def read_npy(file: str | Path, mmap: bool, name: Path | None = None) -> np.ndarr
 
 
 def mapped(file: str | Path) -> np.ndarray:
-    """The bytes of a file that is not empty, mapped into memory, read-only.
+    """The bytes of a file that is not empty, mapped into memory; the file cannot be changed through them.
 
     By torch, whose mappings keep no file open, as NumPy's do: a database of thousands of parts would use up all that a
     process may have open.
     """
     size = os.stat(file).st_size
     storage = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=size)
-    values = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-    values.flags.writeable = False
-    return values
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
 
 
 def checksum(*values: np.ndarray) -> int:

@@ -54,7 +54,7 @@ def remove(path: str | Path, ids: Collection[str]) -> dict[str, Any]:
     """Remove clips from the database ``path``; returns the new manifest.
 
     Their features are not found any more; the disk space comes back with the change that follows when all clips of
-    a part that was added are gone, or with :func:`merge`. Raises :class:`MotionRAGError` for unknown ids, all ids, an hnsw index or
+    a part that was added are gone, or with :func:`merge`. Raises :class:`MotionRAGError` for unknown ids, all ids or
     another process that writes.
     """
     path = Path(path)

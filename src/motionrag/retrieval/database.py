@@ -153,7 +153,7 @@ class RetrievalDatabase:
     def _place(self, clip_id: str) -> tuple[Part, int]:
         """The part that holds a clip, and its row there."""
         number = int(self._numbers[self.row(clip_id)])
-        part = int(np.searchsorted(self._starts, number, side="right")) - 1
+        part = int(self._starts.searchsorted(number, side="right")) - 1
         return self._part(part), number - int(self._starts[part])
 
     # ------------------------------------------------------------ what is known about clips
@@ -241,7 +241,7 @@ class RetrievalDatabase:
         values = torch.empty(len(ids), *self.manifest["shapes"][name])
         for slot, clip_id in enumerate(ids):
             part, row = self._place(clip_id)
-            values[slot] = part.features(name, row)
+            part.features(name, row, out=values[slot])
         return values
 
     @cached_property

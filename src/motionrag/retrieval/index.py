@@ -5,6 +5,7 @@ Search in the main process only: FAISS can hang in forked workers, so there it i
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,8 @@ TRAINED_ON = 160
 MANY, FINE, MOST_CELLS = 200_000, 64, 65_536
 #: Clips that such cells are trained on, at most.
 MOST_TRAINED = 2_000_000
+#: Captions whose nearest an approximate index must find. Of 64 a single one with none of its nearest found misses 0.99.
+TUNED_ON = 256
 #: ivf_pq: for each clip asked for, so many are taken by their codes and ordered by their embeddings.
 REFINE = 30
 
@@ -51,7 +54,7 @@ os.register_at_fork(after_in_child=_mark)
 def choose_kind(clips: int, width: int, memory_gb: float) -> str:
     """What ``auto`` means: flat while it is fast, then ivf_flat, or ivf_pq if the embeddings exceed the budget.
 
-    memory_gb: what the index may take. hnsw is never chosen: nothing can be removed from it.
+    memory_gb: what the index may take. hnsw is never chosen: what is removed from it stays in its graph.
     """
     if clips * width <= FLAT_VALUES or clips < TRAINABLE:
         return "flat"
@@ -77,6 +80,7 @@ class CaptionIndex:
         classes = (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexIVFPQ, faiss.IndexHNSWFlat)
         self.kind = next(kind for kind, cls in zip(KINDS, classes, strict=True) if isinstance(inner, cls))
         self._inner = inner
+        self._removed = int((faiss.vector_to_array(index.id_map) < 0).sum()) if self.kind == "hnsw" else 0
         self._copy: faiss.Index | None = None  # on a GPU
 
     @classmethod
@@ -124,11 +128,14 @@ class CaptionIndex:
         self.index.add_with_ids(_rows(embeddings), np.ascontiguousarray(numbers, np.int64))
 
     def remove(self, numbers: np.ndarray) -> None:
-        """Forget these numbers. Raises :class:`MotionRAGError` for hnsw, which cannot."""
+        """Forget these numbers. From hnsw they are not found any more, but stay in the graph, under the number -1."""
         if self.kind == "hnsw":
-            raise MotionRAGError(
-                "an hnsw index cannot forget clips; build another kind first: motionrag index db=DB kind=ivf_flat"
-            )
+            ids = faiss.vector_to_array(self.index.id_map)
+            gone = np.isin(ids, numbers)
+            ids[gone] = -1
+            faiss.copy_array_to_vector(ids, self.index.id_map)
+            self._removed += int(gone.sum())
+            return
         self._copy = None
         self.index.remove_ids(np.ascontiguousarray(numbers, np.int64))
 
@@ -155,7 +162,7 @@ class CaptionIndex:
             ) from error
 
     def __len__(self) -> int:
-        return self.index.ntotal
+        return self.index.ntotal - self._removed
 
     @property
     def width(self) -> int:
@@ -178,20 +185,29 @@ class CaptionIndex:
             self._inner.nprobe = value
 
     def tune(self, queries: np.ndarray, exact: np.ndarray, recall: float) -> float:
-        """Set the least effort that finds at least ``recall`` (0..1) of the best clips of ``queries`` (B,W).
+        """Set about the least effort that finds at least ``recall`` (0..1) of the best clips of ``queries`` (B,W).
 
         exact: scores (B,k) of the true best ones, best first. Returns the recall reached.
         """
         most = 1 if self.kind == "flat" else 4096 if self.kind == "hnsw" else self._inner.nlist
-        effort = {"flat": 1, "hnsw": 16}.get(self.kind, 4)
-        while True:
-            self.effort = min(effort, most)
+
+        def reached(effort: int) -> float:
+            self.effort = effort
             _, scores = self.search(queries, exact.shape[1])
             # by score: of clips with one caption any will do
-            reached = float((scores >= exact[:, -1:] - 1e-5).mean())
-            if reached >= recall or effort >= most:
-                return reached
-            effort *= 2
+            return float((scores >= exact[:, -1:] - 1e-5).mean())
+
+        few, enough = 0, min({"flat": 1, "hnsw": 16}.get(self.kind, 4), most)
+        while (found := reached(enough)) < recall and enough < most:
+            few, enough = enough, min(2 * enough, most)
+        while few and found >= recall and enough - few > 1 + few // 8:
+            middle = (few + enough) // 2
+            if (there := reached(middle)) >= recall:
+                enough, found = middle, there
+            else:
+                few = middle
+        self.effort = enough
+        return found
 
     def search(
         self,
@@ -211,6 +227,8 @@ class CaptionIndex:
                 "neighbours that motionrag index stored"
             )
         selector = None
+        if self._removed and allowed is None:  # a bitmap has no place for -1
+            excluded = np.append(np.empty(0, np.int64) if excluded is None else excluded, -1)
         if allowed is not None:
             if excluded is not None:
                 allowed = allowed.copy()
@@ -247,7 +265,9 @@ class CaptionIndex:
         if self.kind == "flat":
             return faiss.SearchParameters(sel=selector)
         if self.kind == "hnsw":
-            return faiss.SearchParametersHNSW(sel=selector, efSearch=max(self.effort, wanted))
+            passed = self.index.ntotal / max(len(self), 1)  # a walk goes through removed clips, too
+            width = math.ceil(max(self.effort, wanted) * passed)
+            return faiss.SearchParametersHNSW(sel=selector, efSearch=width)
         return faiss.SearchParametersIVF(sel=selector, nprobe=self.effort)
 
     def _refined(self, queries: np.ndarray, numbers: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -280,7 +300,7 @@ def build_index(
         index.add(fetch(block), block)
     if kind == "flat":
         return index, {"kind": kind}
-    queries = fetch(rng.choice(numbers, min(64, len(numbers)), replace=False))
+    queries = fetch(rng.choice(numbers, min(TUNED_ON, len(numbers)), replace=False))
     _, exact = exact_search(queries, numbers, fetch, min(9, len(numbers)))
     reached = index.tune(queries, exact, recall)
     return index, {"kind": kind, "recall": round(reached, 4), "effort": index.effort}

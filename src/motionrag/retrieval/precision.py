@@ -24,11 +24,13 @@ def pack(values: np.ndarray, precision: str) -> tuple[np.ndarray, np.ndarray | N
     return levels.round().to(torch.int8).numpy(), step.numpy()
 
 
-def unpack(stored: np.ndarray, step: np.ndarray | None = None) -> torch.Tensor:
-    """What was stored (...,D), and the steps (...) of int8 -> values (...,D) float32."""
-    found = torch.from_numpy(np.array(stored))  # a copy: what is mapped from a file cannot be written to
+def unpack(
+    stored: np.ndarray, step: np.ndarray | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What was stored (...,D), and the steps (...) of int8 -> values (...,D) float32, written into ``out`` if given."""
+    found = torch.from_numpy(stored)
     if stored.dtype == np.uint16:
-        return found.view(torch.bfloat16).float()
-    if stored.dtype == np.int8:
-        return found.float() * torch.from_numpy(np.array(step))[..., None]
-    return found.float()  # much faster than NumPy's way to float32
+        found = found.view(torch.bfloat16)
+    out = torch.empty(found.shape) if out is None else out
+    out.copy_(found)  # much faster than NumPy's way to float32
+    return out if step is None else out.mul_(torch.from_numpy(step)[..., None])
