@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -225,6 +226,19 @@ def test_clips_are_read_from_their_place_in_the_tar(shards):
         assert clip["captions"]
     with pytest.raises(MotionRAGError, match="no column 'colour', only"):
         clips.split("colour")
+
+
+@pytest.mark.skipif(
+    find_spec("torchcodec") is None,
+    reason="torchcodec is not installed (pip install 'motionrag[torchcodec]')",
+)
+def test_workers_decode_with_torchcodec(shards):
+    batches = {}
+    for decoder in ("pyav", "torchcodec"):
+        clips = ShardClips(shards / "shards", frames=9, height=32, width=32, fps=8, decoder=decoder)
+        batches[decoder] = take(module(clips, workers=2).train_dataloader(), 4)
+    for ours, theirs in zip(batches["torchcodec"], batches["pyav"], strict=True):
+        assert ours.clip_id == theirs.clip_id and torch.equal(ours.video, theirs.video)
 
 
 def test_kept_clips_are_decoded_once_and_can_go_to_a_spawned_worker(shards, monkeypatch):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -56,7 +57,7 @@ def run(
 
     - decoding, CPU-ms for 16 frames: against decoding the span (from the file's start) and converting all of it to RGB,
       then choosing: each frame by itself as `frame.to_ndarray` does, or all by one shared converter; the pictures must
-      be equal byte by byte, or it is an error;
+      be equal byte by byte, or it is an error; where torchcodec is installed, also against decoding by it;
     - loader, clips/s with two workers (ours) and one (peer); and the same decoding in two processes against one without
       any loader, which is what the machine gives;
     - memory, MB of all processes of a loader with two workers after the last pass (ours) and the first one (peer);
@@ -120,6 +121,10 @@ def _decoding(folder: Path, name: str, seconds: float, repeats: int) -> list[dic
         "": _decode_and_convert_all,
         ", one converter": partial(_decode_and_convert_all, shared=True),
     }
+    peers = [*PEERS]
+    if find_spec("torchcodec"):
+        peers.append(", torchcodec")
+        methods[peers[-1]] = lambda *args, **options: read_clip(*args, **options, decoder="torchcodec").frames
     times: dict[str, list[float]] = {method: [] for method in methods}
     for path in sorted((folder / "videos").iterdir())[:6]:
         data = path.read_bytes()
@@ -129,11 +134,11 @@ def _decoding(folder: Path, name: str, seconds: float, repeats: int) -> list[dic
                 start = time.process_time()
                 pictures[method] = read(data, **options)
                 times[method].append(1000 * (time.process_time() - start))
-        if not all(np.array_equal(pictures["ours"].frames, pictures[peer]) for peer in PEERS):
+        if not all(np.array_equal(pictures["ours"].frames, pictures[peer]) for peer in peers):
             raise MotionRAGError(f"bench data: {name}: the pictures differ; this is a fault of motionrag")
     return [
         _row(f"decoding, {name}{peer}", "CPU-ms", times["ours"], times[peer], less_is_better=True)
-        for peer in PEERS
+        for peer in peers
     ]
 
 

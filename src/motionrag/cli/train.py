@@ -186,7 +186,10 @@ def _features_of(cfg: DictConfig, module: L.LightningModule) -> dict[str, Any]:
             "features=... is for stage=adapter and stage=joint; Stage 2 reads the features of the database"
         )
     fps = OmegaConf.to_container(cfg.clips)["fps"] if OmegaConf.is_list(cfg.clips.fps) else cfg.clips.fps
-    return {**module.frozen_identity(), "fps": fps}
+    decoder = (
+        {} if cfg.clips.decoder == "pyav" else {"decoder": cfg.clips.decoder}
+    )  # earlier features do not say
+    return {**module.frozen_identity(), "fps": fps, **decoder}
 
 
 def _clips(cfg: DictConfig, module: L.LightningModule) -> Any:

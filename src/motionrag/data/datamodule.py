@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from motionrag.data.batch import MotionBatch
 from motionrag.data.stream import Order, Shards
-from motionrag.data.video import UnreadableVideo, read_clip
+from motionrag.data.video import UnreadableVideo, check_decoder, read_clip
 from motionrag.errors import MotionRAGError
 from motionrag.retrieval import catalog
 from motionrag.retrieval.database import RetrievalDatabase
@@ -75,6 +75,7 @@ class ShardClips:
         keep: hold decoded clips in memory.
         buffer: clips shuffled together (see stream.Order); None: all, for folders on a fast disk.
         seed: of what is drawn at random.
+        decoder: pyav or torchcodec (see video.read_clip).
         cache, cache_gb, timeout, tries: for shards that are fetched (see stream.Shards).
     """
 
@@ -89,11 +90,14 @@ class ShardClips:
         keep: bool = False,
         buffer: int | None = 10_000,
         seed: int = 0,
+        decoder: str = "pyav",
         cache: str | Path | None = None,
         cache_gb: float = 20.0,
         timeout: float = 30.0,
         tries: int = 3,
     ) -> None:
+        check_decoder(decoder)  # now, not in some worker
+        self.decoder = decoder
         self.stream = Shards(shards, cache, cache_gb, timeout, tries)
         self.table = self.stream.table
         self.made_by: dict[str, Any] | None = self.stream.index.get("features")  # of feature shards
@@ -143,7 +147,12 @@ class ShardClips:
     def _decode(self, index: int, fps: float | None) -> Tensor:
         record = catalog.record(self.table, index)
         clip = read_clip(
-            self.stream.read(index), record["start_sec"], record["end_sec"], frames=self.frames, fps=fps
+            self.stream.read(index),
+            record["start_sec"],
+            record["end_sec"],
+            frames=self.frames,
+            fps=fps,
+            decoder=self.decoder,
         )
         return to_pixels(clip.frames, *self.size)
 

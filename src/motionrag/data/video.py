@@ -6,9 +6,13 @@ Shapes: ``T`` frames, ``H`` x ``W`` pixels; pictures are uint8 RGB in 0..255, up
 from __future__ import annotations
 
 import io
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -19,6 +23,9 @@ from motionrag.io import atomic_path
 
 #: Two time stamps closer than this are the same moment (the coarsest container clock ticks every 10 ms).
 _SAME_MOMENT = 1e-3
+
+#: What decodes the pictures. torchcodec does so with the FFmpeg of this machine, PyAV with the one that it brings.
+DECODERS = ("pyav", "torchcodec")
 
 #: Demuxers that make a "video" out of plain text, or out of one picture (those of single formats: png_pipe ...).
 _TEXT_FORMATS = {"tty"}
@@ -62,6 +69,7 @@ def read_clip(
     frames: int | None = None,
     fps: float | None = None,
     short_side: int | None = None,
+    decoder: str = "pyav",
 ) -> Clip:
     """Decode a clip, converting only the frames that are wanted.
 
@@ -74,11 +82,17 @@ def read_clip(
       that many, the last one repeated if the source is too short (the note says so).
 
     short_side: resize so that the shorter side has this many pixels (the other one rounded).
+    decoder: of DECODERS. torchcodec takes frames by their time stamps: what is damaged, and files without good ones (AVI),
+    go through PyAV all the same, so frames, errors and notes are the same ones.
 
     Frames come in decode order, which is right also where time stamps are not. Rates are measured from the
     time stamps: stated ones are often wrong. A damaged file gives the frames before the damage and a note.
-    Raises :class:`UnreadableVideo` when there is no frame to give.
+    Raises :class:`UnreadableVideo` when there is no frame to give, :class:`MotionRAGError` for a decoder that is not
+    there and ``ValueError`` for ``short_side`` under torchcodec.
     """
+    check_decoder(decoder)
+    if decoder == "torchcodec" and short_side is not None:
+        raise ValueError("short_side is for decoder='pyav'; torchcodec gives pictures at their own size")
     name = "video data" if isinstance(source, bytes) else Path(source).name
     if not isinstance(source, bytes):
         if not Path(source).exists():
@@ -93,7 +107,11 @@ def read_clip(
     # the two disagree (damage, hidden frames) the file is decoded again, from its start.
     packets = _packets(source, name)
     choice, span = _choose(packets.times, start_sec, end_sec, frames, fps)
-    decoded = _decode_some(source, name, set(choice), packets, short_side) if choice else None
+    decoded = None
+    if choice and decoder == "torchcodec":
+        decoded = _decode_by_torchcodec(source, choice, packets)
+    elif choice:
+        decoded = _decode_some(source, name, set(choice), packets, short_side)
     if decoded is None:
         decoded = _decode(source, name, set(choice), end_sec, short_side)
     if not decoded.times:
@@ -125,6 +143,14 @@ def read_clip(
         height=decoded.height,
         note="; ".join(notes),
     )
+
+
+def check_decoder(decoder: str) -> None:
+    """Raise MotionRAGError unless clips can be decoded by it here."""
+    if decoder not in DECODERS:
+        raise MotionRAGError(f"decoder={decoder}: expected one of {', '.join(DECODERS)}")
+    if decoder == "torchcodec":
+        _torchcodec()
 
 
 def write_mp4(
@@ -191,6 +217,14 @@ class _Packets:
     stamps: list[int | None]
     times: list[float]  # of the frames, as the packets promise them
     announced: int  # frames
+    format: str  # of the file
+    stream: int  # its number in the file
+    stated_fps: float
+
+    @property
+    def found_by_time(self) -> bool:
+        """Whether every frame has a time stamp of its own."""
+        return None not in self.stamps and len(set(self.stamps)) == len(self.stamps)
 
 
 def _packets(source: str | Path | bytes, name: str) -> _Packets:
@@ -204,7 +238,10 @@ def _packets(source: str | Path | bytes, name: str) -> _Packets:
                     stamps.append(packet.pts)
         except av.FFmpegError:
             pass  # decoding meets the same damage and reports it
-        return _Packets(stamps, _times(stamps, stream), max(announced, len(stamps)))
+        fps = float(stream.average_rate or 0)
+        announced = max(announced, len(stamps))
+        kind = container.format.name
+        return _Packets(stamps, _times(stamps, stream), announced, kind, stream.index, fps)
 
 
 def _times(stamps: list[int | None], stream: av.video.stream.VideoStream) -> list[float]:
@@ -257,7 +294,7 @@ def _decode_some(
 
     None if that does not go as the packets promise: frames are missing, out of order or damaged.
     """
-    if None in packets.stamps or len(set(packets.stamps)) < len(packets.stamps):
+    if not packets.found_by_time:
         return None
     stamps = sorted(packets.stamps)
     numbers = {stamp: number for number, stamp in enumerate(stamps)}
@@ -265,7 +302,7 @@ def _decode_some(
     before = None
     with _open(source, name) as container:
         stream = container.streams.video[0]
-        result = _Decoded(packets.times, {}, float(stream.average_rate or 0))
+        result = _Decoded(packets.times, {}, packets.stated_fps)
         convert = _Converter(result, short_side)
         try:
             if first:
@@ -288,6 +325,49 @@ def _decode_some(
         except av.FFmpegError:
             return None
     return result if result.pictures.keys() == wanted else None
+
+
+def _decode_by_torchcodec(
+    source: str | Path | bytes, choice: list[int], packets: _Packets
+) -> _Decoded | None:
+    """The same by torchcodec, whose frames are numbered by their time stamps, too."""
+    # AVI has no time stamps; those made up for it may swap frames
+    if not packets.found_by_time or packets.format == "avi":
+        return None
+    wanted = sorted(set(choice))
+    target = source if isinstance(source, bytes) else str(source)
+    try:
+        file = _torchcodec()(target, stream_index=packets.stream, dimension_order="NHWC")
+        if len(file) != len(packets.times):
+            return None
+        found = file.get_frames_at(wanted)
+    except (RuntimeError, ValueError, IndexError):  # what it says of damaged files
+        return None
+    times = found.pts_seconds.numpy() - file.metadata.begin_stream_seconds
+    if np.abs(times - np.asarray(packets.times)[wanted]).max() > _SAME_MOMENT:
+        return None
+    pictures = found.data.numpy()
+    height, width = pictures.shape[1:3]
+    return _Decoded(
+        packets.times, dict(zip(wanted, pictures, strict=True)), packets.stated_fps, width, height
+    )
+
+
+@cache
+def _torchcodec() -> Callable[..., Any]:
+    """torchcodec's decoder, once it has decoded something: some versions can be imported without their libraries."""
+    try:
+        from torchcodec.decoders import VideoDecoder
+
+        with tempfile.TemporaryDirectory() as folder:
+            VideoDecoder(str(write_mp4(Path(folder) / "black.mp4", np.zeros((1, 16, 16, 3), np.uint8), 1)))[0]
+    except (ImportError, OSError, RuntimeError) as error:
+        raise MotionRAGError(
+            f"decoder=torchcodec: it does not work here ({' '.join(str(error).split())[:120]}); install a version for "
+            f"this torch (pip install 'motionrag[torchcodec]', of a CPU's torch 'torchcodec<0.14') and FFmpeg's shared "
+            "libraries, or choose decoder=pyav"
+        ) from error
+    return VideoDecoder
 
 
 def _decode(
