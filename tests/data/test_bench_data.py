@@ -19,7 +19,7 @@ def test_bench_data(tmp_path, monkeypatch, capsys):
         "bench.seconds=3",
         "bench.repeats=1",
         "bench.passes=2",
-        "bench.stage2=true",
+        "bench.parts=[decoding,loader,memory,stage2]",
         "bench.k=2",
     ]
     words += [
@@ -36,6 +36,14 @@ def test_bench_data(tmp_path, monkeypatch, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} <= {
         ".hydra"
     }  # nothing stays
+
+
+def test_one_part_alone(tmp_path):
+    results = data.run(None, None, {}, clips=2, seconds=3, repeats=1, parts=["loader"], folder=str(tmp_path))
+    assert [row["what"] for row in results["rows"]] == ["loader, 1 -> 2 workers", "machine, 1 -> 2 processes"]
+    assert results["summary"].startswith("two workers ")
+    with pytest.raises(MotionRAGError, match=r"bench.parts=\['speed'\]: expected some of decoding, loader"):
+        data.run(None, None, {}, parts=["speed"])
 
 
 def test_other_pictures_are_an_error(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.util import find_spec
@@ -29,6 +29,7 @@ from motionrag.data.video import read_clip, write_mp4
 from motionrag.encoders import uniform_indices
 from motionrag.errors import MotionRAGError
 
+PARTS = ("decoding", "loader", "memory", "stage2")
 FPS = 25
 WANTED = {  # what is read of a clip: span in seconds, and how 16 frames are chosen
     "16 frames over the clip": {"frames": 16},
@@ -46,14 +47,14 @@ def run(
     seconds: float = 10.0,
     repeats: int = 5,
     passes: int = 3,
-    stage2: bool = False,
+    parts: Sequence[str] = PARTS[:3],
     k: int = 9,
     batch_size: int = 2,
     folder: str = ".",
 ) -> dict[str, Any]:
     """Measure on made-up clips of 320 x 240; methods that are compared take turns, figures are medians of `repeats`.
 
-    Returns rows {what, unit, ours, peer, gain}, gain being how many times better:
+    parts: which of PARTS to measure. Returns rows {what, unit, ours, peer, gain}, gain being how many times better:
 
     - decoding, CPU-ms for 16 frames: against decoding the span (from the file's start) and converting all of it to RGB,
       then choosing: each frame by itself as `frame.to_ndarray` does, or all by one shared converter; the pictures must
@@ -64,20 +65,28 @@ def run(
     - Stage 2 step, seconds by the wall and of the CPUs, with what it needs from the token store (ours) and with references read from video and
       encoded (peer), which is measured once; and with stored features that the motion Resampler still has to see.
     """
+    if not parts or set(parts) - set(PARTS):
+        raise MotionRAGError(f"bench.parts={list(parts)}: expected some of {', '.join(PARTS)}")
+    rows: list[dict[str, Any]] = []
     with TemporaryDirectory(dir=folder) as place:
         shards = make_shards(Path(place), clips, seconds)
-        rows = [row for name in WANTED for row in _decoding(Path(place), name, seconds, repeats)]
-        rows += _loader(shards, repeats)
-        rows.append(_memory(shards, passes))
-        if stage2:
+        if "decoding" in parts:
+            rows += [row for name in WANTED for row in _decoding(Path(place), name, seconds, repeats)]
+        if "loader" in parts:
+            rows += _loader(shards, repeats)
+        if "memory" in parts:
+            rows.append(_memory(shards, passes))
+        if "stage2" in parts:
             rows += _stage2(Path(place), resampler, cama, encoders, k, batch_size, repeats)
     gains = {row["what"]: row["gain"] for row in rows}
-    summary = (
-        f"16 frames of a clip: {gains['decoding, 16 frames over the clip']:.1f}x fewer CPU-ms; two workers "
-    )
-    summary += f"{gains['loader, 1 -> 2 workers']:.2f}x one"
-    if stage2:
-        summary += f"; Stage 2 step {gains['Stage 2 step, token store']:.0f}x"
+    told = {
+        "decoding, 16 frames over the clip": "16 frames of a clip: {:.1f}x fewer CPU-ms",
+        "loader, 1 -> 2 workers": "two workers {:.2f}x one",
+        "machine, 1 -> 2 processes": "without a loader {:.2f}x",
+        "memory, first -> last pass": "memory of the first pass {:.2f}x the last one's",
+        "Stage 2 step, token store": "Stage 2 step {:.0f}x",
+    }
+    summary = "; ".join(text.format(gains[what]) for what, text in told.items() if what in gains)
     return {
         "summary": summary,
         "title": f"reading data, {clips} clips of {seconds:g} s, {os.cpu_count()} CPUs (those of one core share it), "
@@ -203,6 +212,7 @@ def _loader(shards: Path, repeats: int) -> list[dict[str, Any]]:
             start = time.perf_counter()
             list(islice(batches, count))
             speed[workers].append(2 * count / (time.perf_counter() - start))
+            time.sleep(1)  # its workers load ahead, which would slow down what is measured next
             with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
                 list(pool.map(_sleepy, range(workers)))
                 start = time.perf_counter()
