@@ -29,7 +29,7 @@ def test_bench_data(tmp_path, monkeypatch, capsys):
     words += ["resampler@bench.resampler=tiny", "cama@bench.cama=tiny", "hydra.run.dir=out"]
     assert cli.main(["bench", "data", *words]) == 0, capsys.readouterr().err
     rows = {row["what"]: row for row in json.loads((tmp_path / "out/results.json").read_text())["rows"]}
-    assert len(rows) == (16 if find_spec("torchcodec") else 13)
+    assert len(rows) == (17 if find_spec("torchcodec") else 14)
     assert all(row["ours"] > 0 and row["peer"] > 0 for row in rows.values())
     decoding = rows["decoding, the same from the middle"]
     assert decoding["gain"] == pytest.approx(decoding["peer"] / decoding["ours"])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from motionrag.data import video
-from motionrag.data.video import UnreadableVideo, read_clip, write_mp4
+from motionrag.data.video import UnreadableVideo, Wanted, read_clip, read_clips, write_mp4
 from motionrag.encoders import uniform_indices
 from motionrag.errors import MotionRAGError
 
@@ -141,7 +141,7 @@ def moving(tmp_path_factory):
     frames = np.stack([noise[:, 2 * i : 2 * i + 64] for i in range(60)])
     folder, paths = tmp_path_factory.mktemp("moving"), []
     for name in ("closed", "open"):
-        with av.open(str(folder / f"{name}.mp4"), "w") as box:
+        with av.open(str(folder / f"{name}.mp4"), "w", options={"movflags": "faststart"}) as box:
             stream = box.add_stream("libx264", rate=FPS)
             stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
             stream.options = {"g": "12", "bf": "3", "x264-params": f"open-gop={int(name == 'open')}"}
@@ -166,6 +166,36 @@ def test_decoding_only_what_is_needed_gives_the_same_pictures(moving, wanted, ki
     assert some.times == whole.times and some.pictures.keys() == whole.pictures.keys()
     for number, picture in whole.pictures.items():
         np.testing.assert_array_equal(some.pictures[number], picture)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    spans=st.lists(
+        st.tuples(st.floats(0, 5), st.none() | st.floats(0.5, 6), st.none() | st.integers(1, 9)),
+        min_size=1,
+        max_size=4,
+    ),
+    kind=st.sampled_from(["closed", "open", "cut"]),
+    fps=st.none() | st.sampled_from([4, 8]),
+)
+def test_several_clips_of_a_file_are_those_read_one_by_one(moving, spans, kind, fps):
+    source = moving[kind == "open"].read_bytes()
+    source = source[: len(source) * 9 // 10] if kind == "cut" else source
+    wanted = [Wanted(start, end and start + end, frames, fps) for start, end, frames in spans]
+    alone = []
+    for want in wanted:
+        try:
+            alone.append(read_clip(source, *want))
+        except UnreadableVideo as error:
+            with pytest.raises(UnreadableVideo, match="no frames between"):
+                read_clips(source, wanted)
+            assert "no frames between" in str(error)
+            return
+    for one, other in zip(alone, read_clips(source, wanted), strict=True):
+        if kind == "cut":  # how much of it is damaged is known to those who have read so far
+            np.testing.assert_array_equal(one.frames, other.frames)
+        else:
+            assert_same(one, other)
 
 
 class Counted:
@@ -199,6 +229,13 @@ def test_frames_before_the_key_frame_and_after_the_last_one_are_not_decoded(movi
     )  # frames 30, 32, 34, 36 after the key frame 24
     assert len(clip.frames) == 4 and clip.decoded == 30 and clip.duration == pytest.approx(3)
     assert counts[0] == 61 and counts[1] < 20  # all of them counted; 13 and those that the decoder holds back
+
+
+def test_clips_that_overlap_are_decoded_once(moving, monkeypatch):
+    counts, open_file = [], video._open
+    monkeypatch.setattr(video, "_open", lambda *args: Counted(open_file(*args), counts))
+    read_clips(moving[0], [Wanted(3.0, None, 4, 5), Wanted(3.2, None, 4, 5), Wanted(3.4, 4.0)])
+    assert len(counts) == 2 and counts[0] == 61 and counts[1] < 24
 
 
 def test_a_wrong_promise_is_noticed(moving):
@@ -427,11 +464,11 @@ def test_what_is_damaged_is_told_in_the_same_words(tmp_path, monkeypatch):
 @needs_torchcodec
 def test_a_frame_that_is_not_the_promised_one_is_not_used(moving):
     packets = video._packets(moving[0], "x")
-    assert video._decode_by_torchcodec(moving[0], [5, 9], packets) is not None
+    assert video._decode_by_torchcodec(moving[0], {5, 9}, packets) is not None
     for wrong in (
         replace(packets, times=packets.times[1:]),
         replace(packets, times=[t + 0.1 for t in packets.times]),
         replace(packets, stamps=[None, *packets.stamps[1:]]),
         replace(packets, format="avi"),
     ):
-        assert video._decode_by_torchcodec(moving[0], [5, 9], wrong) is None
+        assert video._decode_by_torchcodec(moving[0], {5, 9}, wrong) is None

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from motionrag.data.datamodule import MotionDataModule, ShardClips
 from motionrag.data.packing import pack
-from motionrag.data.video import read_clip, write_mp4
+from motionrag.data.video import Wanted, read_clip, read_clips, write_mp4
 from motionrag.encoders import uniform_indices
 from motionrag.errors import MotionRAGError
 
@@ -37,6 +37,7 @@ WANTED = {  # what is read of a clip: span in seconds, and how 16 frames are cho
     "the same from the middle": {"frames": 16, "fps": 8.0, "start_sec": 0.5, "end_sec": 2.0},  # of the length
 }
 PEERS = ("", ", one converter")
+SAMPLES = 4  # of a clip, of 49 frames at 8 a second
 
 
 def run(
@@ -59,6 +60,7 @@ def run(
     - decoding, CPU-ms for 16 frames: against decoding the span (from the file's start) and converting all of it to RGB,
       then choosing: each frame by itself as `frame.to_ndarray` does, or all by one shared converter; the pictures must
       be equal byte by byte, or it is an error; where torchcodec is installed, also against decoding by it;
+    - the same for each of SAMPLES overlapping samples of a clip: all from one pass (ours) or one by one (peer);
     - loader, clips/s with two workers (ours) and one (peer); and the same decoding in two processes against one without
       any loader, which is what the machine gives;
     - memory, MB of all processes of a loader with two workers after the last pass (ours) and the first one (peer);
@@ -72,6 +74,7 @@ def run(
         shards = make_shards(Path(place), clips, seconds)
         if "decoding" in parts:
             rows += [row for name in WANTED for row in _decoding(Path(place), name, seconds, repeats)]
+            rows.append(_samples(Path(place), seconds, repeats))
         if "loader" in parts:
             rows += _loader(shards, repeats)
         if "memory" in parts:
@@ -149,6 +152,27 @@ def _decoding(folder: Path, name: str, seconds: float, repeats: int) -> list[dic
         _row(f"decoding, {name}{peer}", "CPU-ms", times["ours"], times[peer], less_is_better=True)
         for peer in peers
     ]
+
+
+def _samples(folder: Path, seconds: float, repeats: int) -> dict[str, Any]:
+    methods: list[Callable[..., Any]] = [
+        read_clips,
+        lambda data, wanted: [read_clip(data, *want) for want in wanted],
+    ]
+    rng, times = np.random.default_rng(0), ([], [])
+    for path in sorted((folder / "videos").iterdir())[:6]:
+        data = path.read_bytes()
+        for _ in range(repeats):
+            starts = (np.arange(SAMPLES) + rng.random(SAMPLES)) / SAMPLES * max(seconds - 49 / 8, 0)
+            wanted = [Wanted(start, None, 49, 8.0) for start in starts]
+            pictures = []
+            for read, taken in zip(methods, times, strict=True):
+                begun = time.process_time()
+                pictures.append(read(data, wanted))
+                taken.append(1000 * (time.process_time() - begun) / SAMPLES)
+            if not all(np.array_equal(a.frames, b.frames) for a, b in zip(*pictures, strict=True)):
+                raise MotionRAGError("bench data: the samples differ; this is a fault of motionrag")
+    return _row(f"decoding, {SAMPLES} samples of a clip together", "CPU-ms", *times, less_is_better=True)
 
 
 def _decode_and_convert_all(

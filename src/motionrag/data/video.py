@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -90,6 +90,26 @@ def read_clip(
     Raises :class:`UnreadableVideo` when there is no frame to give, :class:`MotionRAGError` for a decoder that is not
     there and ``ValueError`` for ``short_side`` under torchcodec.
     """
+    return read_clips(source, [Wanted(start_sec, end_sec, frames, fps)], short_side, decoder)[0]
+
+
+class Wanted(NamedTuple):
+    """What is wanted of a file, as :func:`read_clip` takes it."""
+
+    start_sec: float | None = None
+    end_sec: float | None = None
+    frames: int | None = None
+    fps: float | None = None
+
+
+def read_clips(
+    source: str | Path | bytes,
+    wanted: Sequence[Wanted],
+    short_side: int | None = None,
+    decoder: str = "pyav",
+) -> list[Clip]:
+    """Several clips of one file in one pass over it, each as :func:`read_clip` gives it; frames that several want are
+    decoded once. All frames wanted are in memory together. Raises like it, also if only one clip cannot be had."""
     check_decoder(decoder)
     if decoder == "torchcodec" and short_side is not None:
         raise ValueError("short_side is for decoder='pyav'; torchcodec gives pictures at their own size")
@@ -106,43 +126,52 @@ def read_clip(
     # The packets, which cost nothing to count, tell which frames will be wanted; decoding decides. Where
     # the two disagree (damage, hidden frames) the file is decoded again, from its start.
     packets = _packets(source, name)
-    choice, span = _choose(packets.times, start_sec, end_sec, frames, fps)
+    ends = [want.end_sec for want in wanted]
+    end = None if None in ends else max(ends)
+    choice = {number for want in wanted for number in _choose(packets.times, want)[0]}
     decoded = None
     if choice and decoder == "torchcodec":
         decoded = _decode_by_torchcodec(source, choice, packets)
     elif choice:
-        decoded = _decode_some(source, name, set(choice), packets, short_side)
+        decoded = _decode_some(source, name, choice, packets, short_side)
     if decoded is None:
-        decoded = _decode(source, name, set(choice), end_sec, short_side)
+        decoded = _decode(source, name, choice, end, short_side)
     if not decoded.times:
         reason = f"damaged data: {decoded.error}" if decoded.error else "no frame can be decoded"
         raise UnreadableVideo(name, reason)
-    right_choice, span = _choose(decoded.times, start_sec, end_sec, frames, fps)
-    if not span:
-        length = decoded.times[-1]
-        raise UnreadableVideo(
-            name,
-            f"no frames between {start_sec or 0:g} and "
-            f"{'the end' if end_sec is None else f'{end_sec:g}'} s; the last frame is at {length:.2f} s",
-        )
-    if not set(right_choice) <= decoded.pictures.keys():
-        decoded = _decode(source, name, set(right_choice), end_sec, short_side)
+    chosen = [_choose(decoded.times, want) for want in wanted]
+    for want, (_, span) in zip(wanted, chosen, strict=True):
+        if not span:
+            raise UnreadableVideo(
+                name,
+                f"no frames between {want.start_sec or 0:g} and "
+                f"{'the end' if want.end_sec is None else f'{want.end_sec:g}'} s; the last frame is at "
+                f"{decoded.times[-1]:.2f} s",
+            )
+    right_choice = {number for numbers, _ in chosen for number in numbers}
+    if not right_choice <= decoded.pictures.keys():
+        decoded = _decode(source, name, right_choice, end, short_side)
 
-    notes = []
-    if decoded.error:
-        notes.append(f"stops after {len(decoded.times)} of {packets.announced} frames: damaged data")
-    if fps and frames:
-        missing = frames - _frames_at_rate(decoded.times, span, fps)
-        if missing > 0:
-            notes.append(f"{missing} of {frames} frames repeat the last one: the clip is too short")
-    return Clip(
-        frames=np.stack([decoded.pictures[i] for i in right_choice]),
-        fps=_rate(decoded.times, span, decoded.stated_fps),
-        decoded=len(span),
-        width=decoded.width,
-        height=decoded.height,
-        note="; ".join(notes),
-    )
+    clips = []
+    for want, (numbers, span) in zip(wanted, chosen, strict=True):
+        notes = []
+        if decoded.error:
+            notes.append(f"stops after {len(decoded.times)} of {packets.announced} frames: damaged data")
+        if want.fps and want.frames:
+            missing = want.frames - _frames_at_rate(decoded.times, span, want.fps)
+            if missing > 0:
+                notes.append(f"{missing} of {want.frames} frames repeat the last one: the clip is too short")
+        clips.append(
+            Clip(
+                frames=np.stack([decoded.pictures[i] for i in numbers]),
+                fps=_rate(decoded.times, span, decoded.stated_fps),
+                decoded=len(span),
+                width=decoded.width,
+                height=decoded.height,
+                note="; ".join(notes),
+            )
+        )
+    return clips
 
 
 def check_decoder(decoder: str) -> None:
@@ -256,10 +285,9 @@ def _times(stamps: list[int | None], stream: av.video.stream.VideoStream) -> lis
     return [float((stamp - ordered[0]) * stream.time_base) for stamp in ordered]
 
 
-def _choose(
-    times: list[float], start: float | None, end: float | None, frames: int | None, fps: float | None
-) -> tuple[list[int], range]:
+def _choose(times: list[float], want: Wanted) -> tuple[list[int], range]:
     """Numbers of the wanted frames, and the frame numbers of the span (both empty if it holds none)."""
+    start, end, frames, fps = want
     low = np.searchsorted(times, (start or 0.0) - _SAME_MOMENT)
     high = len(times) if end is None else np.searchsorted(times, end - _SAME_MOMENT)
     span = range(int(low), int(high))
@@ -327,14 +355,12 @@ def _decode_some(
     return result if result.pictures.keys() == wanted else None
 
 
-def _decode_by_torchcodec(
-    source: str | Path | bytes, choice: list[int], packets: _Packets
-) -> _Decoded | None:
+def _decode_by_torchcodec(source: str | Path | bytes, choice: set[int], packets: _Packets) -> _Decoded | None:
     """The same by torchcodec, whose frames are numbered by their time stamps, too."""
     # AVI has no time stamps; those made up for it may swap frames
     if not packets.found_by_time or packets.format == "avi":
         return None
-    wanted = sorted(set(choice))
+    wanted = sorted(choice)
     target = source if isinstance(source, bytes) else str(source)
     try:
         file = _torchcodec()(target, stream_index=packets.stream, dimension_order="NHWC")
