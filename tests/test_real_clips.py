@@ -6,6 +6,8 @@ The folder is named by MOTIONRAG_CLIPS_DIR, by default ../shared/clips beside th
 import csv
 import os
 import warnings
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 from motionrag.cli.encode import encode
 from motionrag.data.packing import pack
 from motionrag.data.shards import ShardIndex, read_shard
-from motionrag.data.video import read_clip
+from motionrag.data.video import UnreadableVideo, read_clip
 from motionrag.encoders import AppearanceEncoder, CaptionEncoder, MotionEncoder
 from motionrag.errors import MotionRAGError
 from motionrag.retrieval.building import build
@@ -98,6 +100,36 @@ def test_the_nearest_clip_mostly_shows_the_same_action(packed, tmp_path, random_
     assert sum(shared) > len(db) / 2
     for clip_id in db.ids:  # decoded once, kept for the contact sheet
         assert db.preview(clip_id).std() > 5
+
+
+@pytest.mark.skipif(
+    find_spec("torchcodec") is None,
+    reason="torchcodec is not installed (pip install 'motionrag[torchcodec]')",
+)
+def test_torchcodec_reads_what_pyav_reads(capsys):
+    files = [CLIPS / "videos" / Path(row["video"]).name for row in rows("clips.csv")]
+    files += [CLIPS / "broken" / row["video"] for row in rows("broken/broken.csv")]
+    same = 0
+    for file in files:
+        results = []
+        for decoder in ("pyav", "torchcodec"):
+            try:
+                results.append(read_clip(file, start_sec=0.2, frames=16, fps=8, decoder=decoder))
+            except UnreadableVideo as error:
+                results.append(str(error))
+        if isinstance(results[0], str) or isinstance(results[1], str):
+            assert results[0] == results[1]
+            same += 1
+            continue
+        ours, other = results
+        assert replace(ours, frames=None) == replace(other, frames=None), file.name
+        difference = np.abs(ours.frames.astype(int) - other.frames)
+        # pictures of ten bits are rounded in another way, and FFmpeg's versions differ a little
+        assert difference.mean() < 1, file.name
+        same += not difference.any()
+    with capsys.disabled():
+        print(f"\ntorchcodec: the same pictures or the same error for {same} of {len(files)} files")
+    assert same > 0.9 * len(files)
 
 
 # ---------------------------------------------------------------- the 24 others

@@ -1,6 +1,7 @@
 """``motionrag bench data`` at toy size."""
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ def test_bench_data(tmp_path, monkeypatch, capsys):
         "bench.seconds=3",
         "bench.repeats=1",
         "bench.passes=2",
-        "bench.stage2=true",
+        "bench.parts=[decoding,loader,memory,stage2]",
         "bench.k=2",
     ]
     words += [
@@ -28,12 +29,21 @@ def test_bench_data(tmp_path, monkeypatch, capsys):
     words += ["resampler@bench.resampler=tiny", "cama@bench.cama=tiny", "hydra.run.dir=out"]
     assert cli.main(["bench", "data", *words]) == 0, capsys.readouterr().err
     rows = {row["what"]: row for row in json.loads((tmp_path / "out/results.json").read_text())["rows"]}
-    assert len(rows) == 13 and all(row["ours"] > 0 and row["peer"] > 0 for row in rows.values())
+    assert len(rows) == (17 if find_spec("torchcodec") else 14)
+    assert all(row["ours"] > 0 and row["peer"] > 0 for row in rows.values())
     decoding = rows["decoding, the same from the middle"]
     assert decoding["gain"] == pytest.approx(decoding["peer"] / decoding["ours"])
     assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} <= {
         ".hydra"
     }  # nothing stays
+
+
+def test_one_part_alone(tmp_path):
+    results = data.run(None, None, {}, clips=2, seconds=3, repeats=1, parts=["loader"], folder=str(tmp_path))
+    assert [row["what"] for row in results["rows"]] == ["loader, 1 -> 2 workers", "machine, 1 -> 2 processes"]
+    assert results["summary"].startswith("two workers ")
+    with pytest.raises(MotionRAGError, match=r"bench.parts=\['speed'\]: expected some of decoding, loader"):
+        data.run(None, None, {}, parts=["speed"])
 
 
 def test_other_pictures_are_an_error(tmp_path, monkeypatch):

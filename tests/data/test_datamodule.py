@@ -2,6 +2,9 @@
 
 import itertools
 import pickle
+from collections import Counter
+from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from motionrag.data import datamodule
 from motionrag.data.batch import MotionBatch
 from motionrag.data.datamodule import (
     ClipStream,
@@ -34,7 +38,8 @@ from motionrag.retrieval.database import STORE
 class Numbers:
     """Clips whose only feature is their number; some cannot be read."""
 
-    def __init__(self, count, bad=(), per_source=1):
+    def __init__(self, count, bad=(), per_source=1, samples=1):
+        self.samples = samples
         self.ids = [f"c{i}" for i in range(count)]
         self.sources = [f"s{i // per_source}" for i in range(count)]
         self.bad = set(bad)
@@ -43,7 +48,7 @@ class Numbers:
     def split(self, column):
         return ["val" if i % 4 == 0 else "train" for i in range(len(self.ids))]
 
-    def read(self, index, position=0):
+    def read(self, index, position=0, samples=1):
         if index in self.bad:
             raise UnreadableVideo(self.ids[index], "broken")
         return {"clip_id": self.ids[index], "captions": "", "target_motion": torch.full((1, 1), float(index))}
@@ -75,6 +80,17 @@ def test_ranks_together_see_what_one_process_sees(world, batch, start):
         assert one[step] == list(itertools.chain(*(s[step] for s in several)))
 
 
+@settings(max_examples=30, deadline=None)
+@given(clips=st.integers(1, 9), samples=st.integers(1, 4), seed=st.integers(0, 5))
+def test_every_pass_shows_every_sample_once_and_those_of_a_clip_together(clips, samples, seed):
+    data = MotionDataModule(Numbers(clips, samples=samples), 1, val_share=0, seed=seed)
+    order, size = Order(clips, seed), clips * samples
+    seen = [data.train_part.index(position) for position in range(3 * size)]
+    assert seen == [order[place] for place in range(3 * clips) for _ in range(samples)]
+    for start in range(0, 3 * size, size):
+        assert sorted(seen[start : start + size]) == sorted(list(range(clips)) * samples)
+
+
 def test_a_resumed_stream_continues():
     assert take(ClipStream(3, start=15), 3) == take(ClipStream(3), 8)[5:]
 
@@ -87,6 +103,23 @@ def test_an_unreadable_clip_gives_way_to_the_next_and_is_named():
     batch = part.__getitems__([8, 9])
     assert batch.clip_id == ["c0", "c5"] and batch.position == [8, 9]
     assert [line.split(":")[0] for line in batch.skipped] == ["c2", "c3"]
+
+
+def test_every_sample_of_an_unreadable_clip_gives_way_to_the_same_one_of_the_next():
+    read = []
+
+    class Noted(Numbers):
+        def read(self, index, position=0, samples=1):
+            read.append((index, position % samples))
+            return super().read(index)
+
+    part = Part(Noted(4, bad=[1], samples=2), [0, 1, 2, 3], range(8))
+    batch = part.__getitems__([1, 2, 3, 4])
+    assert batch.clip_id == ["c0", "c2", "c2", "c2"] and batch.position == [1, 2, 3, 4]
+    assert read == [(0, 1), (1, 0), (2, 0), (1, 1), (2, 1), (2, 0)]
+    assert batch.skipped == ["c1: broken"]
+    with pytest.raises(MotionRAGError, match="none of the 4 clips"):
+        Part(Noted(4, bad=range(4), samples=2), [0, 1, 2, 3], range(16)).__getitems__([1])
 
 
 def test_nothing_readable_is_an_error():
@@ -173,7 +206,9 @@ def test_resuming_with_other_processes_continues_at_the_same_clip():
     assert (state["clips"], state["batches"]) == (18, 5)
 
 
-@pytest.mark.parametrize("change", [{"clips": Numbers(10)}, {"seed": 1}, {"val_share": 0.6}])
+@pytest.mark.parametrize(
+    "change", [{"clips": Numbers(10)}, {"clips": Numbers(9, samples=2)}, {"seed": 1}, {"val_share": 0.6}]
+)
 def test_a_place_among_other_clips_is_refused(change):
     state = module(Numbers(9), processed=3).state_dict()
     with pytest.raises(MotionRAGError, match="among other training clips, .*module.weights=CHECKPOINT"):
@@ -190,7 +225,7 @@ def test_a_step_of_several_batches_counts_when_it_is_whole():
 class Large(Numbers):
     """Clips of 10 MB, made as those of shards are."""
 
-    def read(self, index, position=0):
+    def read(self, index, position=0, samples=1):
         return super().read(index) | {"video": to_pixels(np.zeros((16, 240, 320, 3), np.uint8), 224, 224)}
 
 
@@ -233,6 +268,19 @@ def test_clips_are_read_from_their_place_in_the_tar(shards):
         clips.split("colour")
 
 
+@pytest.mark.skipif(
+    find_spec("torchcodec") is None,
+    reason="torchcodec is not installed (pip install 'motionrag[torchcodec]')",
+)
+def test_workers_decode_with_torchcodec(shards):
+    batches = {}
+    for decoder in ("pyav", "torchcodec"):
+        clips = ShardClips(shards / "shards", frames=9, height=32, width=32, fps=8, decoder=decoder)
+        batches[decoder] = take(module(clips, workers=2).train_dataloader(), 4)
+    for ours, theirs in zip(batches["torchcodec"], batches["pyav"], strict=True):
+        assert ours.clip_id == theirs.clip_id and torch.equal(ours.video, theirs.video)
+
+
 def test_kept_clips_are_decoded_once_and_can_go_to_a_spawned_worker(shards, monkeypatch):
     clips = ShardClips(shards / "shards", frames=9, height=32, width=32, fps=8, keep=True)
     video = clips.read(1)["video"]
@@ -248,6 +296,72 @@ def test_pixels_cover_the_size_and_are_cropped_in_the_middle():
     assert out.shape == (2, 3, 20, 20) and out.min() >= -1 and out.max() == 1
     assert out[..., 4:16].min() > 0.9
     assert torch.equal(to_pixels(frames, 10, 30)[0, 0, 0, :11], torch.tensor([-1.0] * 10 + [1.0]))
+
+
+def samples(shards, rank=0, world=1, count=4, resumed=0, workers=0, **options):
+    """Clips and pictures of so many batches of three samples a clip, as [(clip, rate, bytes of the video)]."""
+    clips = ShardClips(shards / "shards", 3, 32, 32, fps=[4, 8], seed=5, samples=3)
+    data = module(clips, world, rank, val_share=0, workers=workers, **options)
+    data.load_state_dict({"clips": resumed, "batches": 0})
+    return [
+        [(i, float(f), v.numpy().tobytes()) for i, f, v in zip(b.clip_id, b.fps, b.video, strict=True)]
+        for b in take(data.train_dataloader(), count)
+    ]
+
+
+def test_samples_of_a_clip_are_a_function_of_the_position_whatever_reads_them(shards):
+    expected = [sample for batch in samples(shards, batch_size=21, count=2) for sample in batch]
+    assert Counter(i for i, _, _ in expected[:21]) == dict.fromkeys([f"clip-{i:05d}" for i in range(7)], 3)
+    assert len(set(expected)) > 21 and {f for _, f, _ in expected} == {4.0, 8.0}
+    for size in (1, 2, 3, 4, 6):
+        read = samples(shards, batch_size=size, count=36 // size, workers=2 * (size == 4))
+        assert list(chain(*read)) == expected[:36]
+    ranks = [samples(shards, rank, 2, batch_size=2, count=9, workers=rank) for rank in range(2)]
+    assert [s for step in zip(*ranks, strict=True) for rank in step for s in rank] == expected[:36]
+    for place in (1, 2, 5, 22):  # resumed in the middle of a clip, too
+        assert (
+            list(chain(*samples(shards, batch_size=2, count=4, resumed=place))) == expected[place : place + 8]
+        )
+
+
+def test_samples_of_a_clip_share_one_decoding_and_come_from_all_of_it(shards, monkeypatch):
+    asked, read = [], datamodule.read_clips
+    monkeypatch.setattr(
+        datamodule, "read_clips", lambda data, wanted, **o: asked.append(wanted) or read(data, wanted, **o)
+    )
+    samples(shards, batch_size=6, count=7)
+    assert len(asked) == 14  # 42 samples
+    for wanted in asked:
+        room = [9 / 8 - 3 / want.fps for want in wanted]  # of clips of 9 frames at 8 a second
+        for number, (want, time) in enumerate(zip(wanted, room, strict=True)):
+            assert number / 3 * time <= want.start_sec <= (number + 1) / 3 * time + 1e-6
+    starts = [want.start_sec for wanted in asked for want in wanted]
+    assert len(set(starts)) == len(starts)
+
+
+def test_validation_reads_one_sample_of_a_clip_from_its_start(shards):
+    several = ShardClips(shards / "shards", 3, 32, 32, fps=8, samples=3)
+    batches = [
+        list(module(clips).val_dataloader())
+        for clips in (several, ShardClips(shards / "shards", 3, 32, 32, fps=8))
+    ]
+    assert batches[0] and len(batches[0]) == len(batches[1])
+    for batch, other in zip(*batches, strict=True):
+        assert batch.clip_id == other.clip_id and torch.equal(batch.video, other.video)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"samples": 0, "fps": 8}, "samples=0: expected at least 1"),
+        ({"samples": 2}, "samples=2: frames spread over the whole clip are always the same, give clips.fps"),
+        ({"samples": 2, "fps": 8, "keep": True}, "clips.keep=true keeps one"),
+        ({"samples": 2, "fps": 8, "db": "db"}, "choose db=null"),
+    ],
+)
+def test_several_samples_are_refused_where_they_would_be_the_same_or_wrong(shards, options, reason):
+    with pytest.raises(MotionRAGError, match=reason):
+        ShardClips(shards / "shards", 3, 32, 32, **options)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import pytest
 from motionrag.data import members
 from motionrag.data.packing import pack
 from motionrag.data.shards import ClipRecord, ShardIndex, read_shard
-from motionrag.data.sources import read_table
+from motionrag.data.sources import Place, read_table
 from motionrag.data.video import read_clip, write_mp4
 from motionrag.errors import MotionRAGError
 
@@ -296,6 +296,28 @@ def test_encoded_again_for_stage_2(tmp_path):
     with av.open(io.BytesIO(data)) as file:
         keys = [i for i, packet in enumerate(file.demux(video=0)) if packet.is_keyframe]
     assert keys[:2] == [0, 30]
+
+
+def test_spans_of_one_video_read_it_once(videos, table, tmp_path, monkeypatch):
+    read, places = Place.read, []
+    monkeypatch.setattr(Place, "read", lambda place: places.append(Path(place.files[0]).name) or read(place))
+    spans = [{"start_sec": a, "end_sec": a + 0.5} for a in (0, 0.25, 0.5)]
+    rows = [
+        {"video": name, "id": f"{name} {span['start_sec']}", **span}
+        for name in ("clip1.mp4", "clip2.mp4")
+        for span in spans
+    ]
+    pack(table(rows), videos, tmp_path / "together", short_side=24)
+    assert places == ["clip1.mp4", "clip2.mp4"]
+    pack(table(rows[::2] + rows[1::2]), videos, tmp_path / "apart", short_side=24)
+    together, apart = (
+        {
+            (record.source, *record.metadata["cut_from"]): data
+            for record, data in read_shard(tmp_path / f"{name}/clips-000000.tar")
+        }
+        for name in ("together", "apart")
+    )
+    assert len(together) == 6 and together == apart
 
 
 # ---------------------------------------------------------------- faults

@@ -8,6 +8,7 @@ import sys
 import wave
 from dataclasses import replace
 from fractions import Fraction
+from importlib.util import find_spec
 
 import av
 import numpy as np
@@ -17,8 +18,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from motionrag.data import video
-from motionrag.data.video import UnreadableVideo, read_clip, write_mp4
+from motionrag.data.video import UnreadableVideo, Wanted, read_clip, read_clips, write_mp4
 from motionrag.encoders import uniform_indices
+from motionrag.errors import MotionRAGError
+
+needs_torchcodec = pytest.mark.skipif(
+    find_spec("torchcodec") is None,
+    reason="torchcodec is not installed (pip install 'motionrag[torchcodec]')",
+)
 
 GREYS = np.arange(20) * 12  # the frame's number can be read off its grey value
 FPS = 10
@@ -136,7 +143,7 @@ def moving(tmp_path_factory):
     frames = np.stack([noise[:, 2 * i : 2 * i + 64] for i in range(60)])
     folder, paths = tmp_path_factory.mktemp("moving"), []
     for name in ("closed", "open"):
-        with av.open(str(folder / f"{name}.mp4"), "w") as box:
+        with av.open(str(folder / f"{name}.mp4"), "w", options={"movflags": "faststart"}) as box:
             stream = box.add_stream("libx264", rate=FPS)
             stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
             stream.options = {"g": "12", "bf": "3", "x264-params": f"open-gop={int(name == 'open')}"}
@@ -161,6 +168,36 @@ def test_decoding_only_what_is_needed_gives_the_same_pictures(moving, wanted, ki
     assert some.times == whole.times and some.pictures.keys() == whole.pictures.keys()
     for number, picture in whole.pictures.items():
         np.testing.assert_array_equal(some.pictures[number], picture)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    spans=st.lists(
+        st.tuples(st.floats(0, 5), st.none() | st.floats(0.5, 6), st.none() | st.integers(1, 9)),
+        min_size=1,
+        max_size=4,
+    ),
+    kind=st.sampled_from(["closed", "open", "cut"]),
+    fps=st.none() | st.sampled_from([4, 8]),
+)
+def test_several_clips_of_a_file_are_those_read_one_by_one(moving, spans, kind, fps):
+    source = moving[kind == "open"].read_bytes()
+    source = source[: len(source) * 9 // 10] if kind == "cut" else source
+    wanted = [Wanted(start, end and start + end, frames, fps) for start, end, frames in spans]
+    alone = []
+    for want in wanted:
+        try:
+            alone.append(read_clip(source, *want))
+        except UnreadableVideo as error:
+            with pytest.raises(UnreadableVideo, match="no frames between"):
+                read_clips(source, wanted)
+            assert "no frames between" in str(error)
+            return
+    for one, other in zip(alone, read_clips(source, wanted), strict=True):
+        if kind == "cut":  # how much of it is damaged is known to those who have read so far
+            np.testing.assert_array_equal(one.frames, other.frames)
+        else:
+            assert_same(one, other)
 
 
 class Counted:
@@ -194,6 +231,13 @@ def test_frames_before_the_key_frame_and_after_the_last_one_are_not_decoded(movi
     )  # frames 30, 32, 34, 36 after the key frame 24
     assert len(clip.frames) == 4 and clip.decoded == 30 and clip.duration == pytest.approx(3)
     assert counts[0] == 61 and counts[1] < 20  # all of them counted; 13 and those that the decoder holds back
+
+
+def test_clips_that_overlap_are_decoded_once(moving, monkeypatch):
+    counts, open_file = [], video._open
+    monkeypatch.setattr(video, "_open", lambda *args: Counted(open_file(*args), counts))
+    read_clips(moving[0], [Wanted(3.0, None, 4, 5), Wanted(3.2, None, 4, 5), Wanted(3.4, 4.0)])
+    assert len(counts) == 2 and counts[0] == 61 and counts[1] < 24
 
 
 def test_a_wrong_promise_is_noticed(moving):
@@ -267,15 +311,20 @@ def test_short_side(tmp_path, size, expected):
     assert (clip.height, clip.width) == size
 
 
-def test_rotation_is_applied(tmp_path):
+def rotated(tmp_path):
+    """A video of 32 x 64, white in the upper left as stored, that is to be shown turned clockwise."""
     frames = np.zeros((3, 32, 64, 3), np.uint8)
-    frames[:, :16, :32] = 255  # white in the upper left as stored
+    frames[:, :16, :32] = 255
     data = bytearray(write_mp4(tmp_path / "a.mp4", frames, 8).read_bytes())
     # The track header's display matrix, 44 bytes after its name: a quarter turn clockwise.
     matrix = np.array([0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30], ">i4").tobytes()
     at = data.index(b"tkhd") + 44
     data[at : at + 36] = matrix
-    clip = read_clip(bytes(data), short_side=32)
+    return bytes(data)
+
+
+def test_rotation_is_applied(tmp_path):
+    clip = read_clip(rotated(tmp_path), short_side=32)
     assert clip.frames.shape == (3, 64, 32, 3)
     assert (clip.height, clip.width) == (64, 32)
     assert clip.frames[0, :32, 16:].mean() > 240  # upper right when upright
@@ -300,10 +349,15 @@ def test_the_picture_is_found_behind_a_sound_stream(tmp_path):
 # ---------------------------------------------------------------- broken files
 
 
-def test_a_cut_file_gives_what_is_there_and_a_note(tmp_path):
+def cut(tmp_path):
+    """Thirty frames of noise, the last third of the file gone."""
     noise = np.random.default_rng(0).integers(0, 255, (30, 64, 64, 3), dtype=np.uint8)
     data = write_mp4(tmp_path / "a.mp4", noise, FPS).read_bytes()
-    clip = read_clip(data[: len(data) * 2 // 3], frames=8)
+    return data[: len(data) * 2 // 3]
+
+
+def test_a_cut_file_gives_what_is_there_and_a_note(tmp_path):
+    clip = read_clip(cut(tmp_path), frames=8)
     assert 5 < clip.decoded < 30
     assert clip.note == f"stops after {clip.decoded} of 30 frames: damaged data"
     assert len(clip.frames) == 8
@@ -352,3 +406,88 @@ def test_missing_files_and_folders_say_so(tmp_path):
 def test_the_error_survives_a_process_border():
     error = pickle.loads(pickle.dumps(UnreadableVideo("a.mp4", "missing file")))
     assert str(error) == "a.mp4: missing file"
+
+
+# ---------------------------------------------------------------- torchcodec
+
+
+def test_a_decoder_that_is_not_there_is_named(grey_mp4, monkeypatch):
+    with pytest.raises(MotionRAGError, match="decoder=opencv: expected one of pyav, torchcodec"):
+        read_clip(grey_mp4, decoder="opencv")
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    video._torchcodec.cache_clear()
+    with pytest.raises(
+        MotionRAGError, match=r"^decoder=torchcodec: it does not work here .*choose decoder=pyav$"
+    ):
+        read_clip(grey_mp4, decoder="torchcodec")
+    with pytest.raises(ValueError, match="short_side is for decoder='pyav'"):
+        monkeypatch.setattr(video, "_torchcodec", lambda: None)
+        read_clip(grey_mp4, short_side=16, decoder="torchcodec")
+
+
+def both(source, monkeypatch, **options):
+    """A clip by both decoders; how often torchcodec's pictures were used."""
+    used, decode = [], video._decode_by_torchcodec
+
+    def count(*args):
+        used.append(decode(*args))
+        return used[-1]
+
+    monkeypatch.setattr(video, "_decode_by_torchcodec", count)
+    clips = [read_clip(source, **options, decoder=decoder) for decoder in video.DECODERS]
+    return *clips, sum(decoded is not None for decoded in used)
+
+
+def assert_same(clip, other):
+    np.testing.assert_array_equal(clip.frames, other.frames)
+    assert replace(clip, frames=None) == replace(other, frames=None)
+
+
+@needs_torchcodec
+@pytest.mark.parametrize("kind", [0, 1], ids=["closed", "open"])
+def test_torchcodec_gives_the_same_frames(moving, kind, monkeypatch):
+    for options in (
+        {"frames": 16},
+        {"start_sec": 2.0, "end_sec": 4.5},
+        {"start_sec": 1.1, "fps": 4, "frames": 30},
+    ):
+        clip, other, used = both(moving[kind], monkeypatch, **options)
+        assert used == 1
+        assert_same(clip, other)
+
+
+@needs_torchcodec
+def test_torchcodec_turns_pictures_and_takes_odd_sides(tmp_path, monkeypatch):
+    odd = write_mp4(tmp_path / "odd.mp4", grey_frames(47, 63), FPS, pix_fmt="yuv444p")
+    late = write_with_stamps(tmp_path / "late.mp4", grey_frames()[:6], [5000, 5100, 5200, 5300, 5900, 6000])
+    for source, size in ((rotated(tmp_path), (64, 32)), (odd, (47, 63)), (late, (48, 64))):
+        clip, other, used = both(source, monkeypatch)
+        assert used == 1 and (other.height, other.width) == size
+        assert_same(clip, other)
+
+
+@needs_torchcodec
+def test_what_is_damaged_is_told_in_the_same_words(tmp_path, monkeypatch):
+    clip, other, used = both(cut(tmp_path), monkeypatch, frames=8)
+    assert used == 0 and "damaged data" in other.note
+    assert_same(clip, other)
+    for data in (b"", b"words\n" * 40, sound_only(), picture("PNG")):
+        told = []
+        for decoder in video.DECODERS:
+            with pytest.raises(UnreadableVideo) as error:
+                read_clip(data, decoder=decoder)
+            told.append(str(error.value))
+        assert told[0] == told[1]
+
+
+@needs_torchcodec
+def test_a_frame_that_is_not_the_promised_one_is_not_used(moving):
+    packets = video._packets(moving[0], "x")
+    assert video._decode_by_torchcodec(moving[0], {5, 9}, packets) is not None
+    for wrong in (
+        replace(packets, times=packets.times[1:]),
+        replace(packets, times=[t + 0.1 for t in packets.times]),
+        replace(packets, stamps=[None, *packets.stamps[1:]]),
+        replace(packets, format="avi"),
+    ):
+        assert video._decode_by_torchcodec(moving[0], {5, 9}, wrong) is None

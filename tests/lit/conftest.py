@@ -26,6 +26,8 @@ SIZES = {"dim": 16, "depth": 1, "dim_head": 8, "heads": 2, "num_queries": 3, "ou
 class MemoryClips:
     """Clips whose appearance and motion features are noise around a few prototypes."""
 
+    samples = 1
+
     def __init__(self, count=12):
         generator = torch.Generator().manual_seed(0)
         self.ids = self.sources = [f"c{i}" for i in range(count)]
@@ -36,7 +38,7 @@ class MemoryClips:
         self.video = torch.rand(count, 9, 3, 32, 32, generator=generator) * 2 - 1
         self.shards = self.buffer = None
 
-    def read(self, index, position=0):
+    def read(self, index, position=0, samples=1):
         others = [(index + 4 * j) % len(self.ids) for j in (1, 2)]  # of the same kind
         return {
             "clip_id": self.ids[index],

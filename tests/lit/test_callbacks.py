@@ -14,7 +14,7 @@ def damaged(memory_clips):
     """Clips of which two cannot be read."""
 
     class Damaged(memory_clips):
-        def read(self, index, position=0):
+        def read(self, index, position=0, samples=1):
             if index in (1, 2):
                 raise UnreadableVideo(self.ids[index], "broken")
             return super().read(index, position)

@@ -106,11 +106,33 @@ def test_features_of_other_networks_and_of_several_rates_are_refused(shards, tmp
     cfg = OmegaConf.create({"features": str(shards), "stage_name": "adapter", "clips": clips})
     with pytest.raises(MotionRAGError, match=r'were made by null, .* needs .*"name": "a"}, "fps": 8}'):
         train._clips(cfg, module)
+    cfg.clips.decoder = "torchcodec"
+    assert train._features_of(cfg, module)["decoder"] == "torchcodec"
     cfg.stage_name = "cama"
     with pytest.raises(MotionRAGError, match="features=... is for stage=adapter and stage=joint"):
         train._clips(cfg, module)
     with pytest.raises(MotionRAGError, match="one frame rate, clips.fps has 2"):
         write_features(tmp_path / "f", ShardClips(shards, **SIZE, fps=[8, 10]), dict, {})
+
+
+def test_several_samples_are_refused_where_one_is_kept(shards, tmp_path):
+    clips = ShardClips(shards, **SIZE, fps=8, samples=2)
+    with pytest.raises(MotionRAGError, match="features hold one sample of each clip, not clips.samples=2"):
+        write_features(tmp_path / "out", clips, dict, {})
+    module = SimpleNamespace(clip_options=lambda: SIZE)
+    clips = {
+        "_target_": "motionrag.data.datamodule.ShardClips",
+        "shards": str(shards),
+        "fps": 8,
+        "samples": 2,
+    }
+    for kept in ("cache", "fixed_image_noise"):
+        own = {"cache": False, "fixed_image_noise": False}
+        cfg = OmegaConf.create({"features": None, "clips": clips, "module": own})
+        assert train._clips(cfg, module).samples == 2
+        cfg.module[kept] = True
+        with pytest.raises(MotionRAGError, match="clips.samples=2: module.cache and .* keep one sample"):
+            train._clips(cfg, module)
 
 
 def test_features_of_other_clips_are_refused(shards, tmp_path):
@@ -149,7 +171,7 @@ def test_features_depend_on_the_weights_that_make_them(adapter_module):
 
 def test_training_from_features_leaves_the_text_encoder_where_it_is(adapter_module, fit, memory_clips, batch):
     class Features(memory_clips):
-        def read(self, index, position=0):
+        def read(self, index, position=0, samples=1):
             clip = super().read(index)
             video = clip["video"][None]
             context = backbone.encode_context([clip["captions"]], video[:, 0])

@@ -116,15 +116,15 @@ class Sees(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def train_shards(folder, shards, ranks, workers, steps, kill=None, resume=False, max_share=1.0):
+def train_shards(folder, shards, ranks, workers, steps, kill=None, resume=False, max_share=1.0, **options):
     """The exit code of a process that trains, in as many more as there are ranks."""
 
     def train():
         torch.set_num_threads(1)  # a forked process must not use threads that it does not have
-        clips = ShardClips(shards, frames=2, height=32, width=32, buffer=5)
+        clips = ShardClips(shards, frames=2, height=32, width=32, buffer=5, **options)
         data = MotionDataModule(clips, batch_size=4 // ranks, val_share=0, workers=workers)
         keep = ModelCheckpoint(folder, "last", every_n_train_steps=1, enable_version_counter=False)
-        options = {"strategy": "ddp_fork", "devices": ranks} if ranks > 1 else {"devices": 1}
+        devices = {"strategy": "ddp_fork", "devices": ranks} if ranks > 1 else {"devices": 1}
         trainer = L.Trainer(
             accelerator="cpu",
             max_steps=steps,
@@ -133,7 +133,7 @@ def train_shards(folder, shards, ranks, workers, steps, kill=None, resume=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
-            **options,
+            **devices,
         )
         ckpt = folder / "last.ckpt" if resume else None
         trainer.fit(Sees(folder, kill), data, ckpt_path=ckpt, weights_only=True)
@@ -174,6 +174,21 @@ def test_after_kill_9_it_goes_on_with_what_it_has_not_seen(shards, tmp_path, ran
     assert list(after) == list(range(1, 11)) and {step: after[step] for step in before} == before
     passes = [clip for ids in after.values() for clip in ids]
     assert all(Counter(passes[i : i + 10]).most_common(1)[0][1] == 1 for i in range(0, 40, 10))
+
+
+def test_after_kill_9_it_goes_on_with_the_samples_that_it_has_not_seen(shards, tmp_path):
+    """Ten steps of four samples are one pass and a third over three of each of ten clips."""
+    train = partial(train_shards, tmp_path, shards, 2, 1, samples=3, fps=8)
+    assert train(10, kill=4) != 0
+    before = seen(tmp_path, 2)
+    assert list(before) == [1, 2, 3]
+    assert train(10, resume=True) == 0
+    after = seen(tmp_path, 2)
+    assert list(after) == list(range(1, 11)) and {step: after[step] for step in before} == before
+    clips = [clip for ids in after.values() for clip in ids]
+    assert set(Counter(clips[:30]).values()) == {3} and all(
+        len(set(clips[i : i + 3])) == 1 for i in range(0, 39, 3)
+    )
 
 
 def test_too_many_unreadable_clips_on_one_rank_end_all(shards, tmp_path):

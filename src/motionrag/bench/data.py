@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,10 +25,11 @@ from torch import Tensor
 
 from motionrag.data.datamodule import MotionDataModule, ShardClips
 from motionrag.data.packing import pack
-from motionrag.data.video import read_clip, write_mp4
+from motionrag.data.video import Wanted, read_clip, read_clips, write_mp4
 from motionrag.encoders import uniform_indices
 from motionrag.errors import MotionRAGError
 
+PARTS = ("decoding", "loader", "memory", "stage2")
 FPS = 25
 WANTED = {  # what is read of a clip: span in seconds, and how 16 frames are chosen
     "16 frames over the clip": {"frames": 16},
@@ -35,6 +37,7 @@ WANTED = {  # what is read of a clip: span in seconds, and how 16 frames are cho
     "the same from the middle": {"frames": 16, "fps": 8.0, "start_sec": 0.5, "end_sec": 2.0},  # of the length
 }
 PEERS = ("", ", one converter")
+SAMPLES = 4  # of a clip, of 49 frames at 8 a second
 
 
 def run(
@@ -45,38 +48,48 @@ def run(
     seconds: float = 10.0,
     repeats: int = 5,
     passes: int = 3,
-    stage2: bool = False,
+    parts: Sequence[str] = PARTS[:3],
     k: int = 9,
     batch_size: int = 2,
     folder: str = ".",
 ) -> dict[str, Any]:
     """Measure on made-up clips of 320 x 240; methods that are compared take turns, figures are medians of `repeats`.
 
-    Returns rows {what, unit, ours, peer, gain}, gain being how many times better:
+    parts: which of PARTS to measure. Returns rows {what, unit, ours, peer, gain}, gain being how many times better:
 
     - decoding, CPU-ms for 16 frames: against decoding the span (from the file's start) and converting all of it to RGB,
       then choosing: each frame by itself as `frame.to_ndarray` does, or all by one shared converter; the pictures must
-      be equal byte by byte, or it is an error;
+      be equal byte by byte, or it is an error; where torchcodec is installed, also against decoding by it;
+    - the same for each of SAMPLES overlapping samples of a clip: all from one pass (ours) or one by one (peer);
     - loader, clips/s with two workers (ours) and one (peer); and the same decoding in two processes against one without
       any loader, which is what the machine gives;
     - memory, MB of all processes of a loader with two workers after the last pass (ours) and the first one (peer);
     - Stage 2 step, seconds by the wall and of the CPUs, with what it needs from the token store (ours) and with references read from video and
       encoded (peer), which is measured once; and with stored features that the motion Resampler still has to see.
     """
+    if not parts or set(parts) - set(PARTS):
+        raise MotionRAGError(f"bench.parts={list(parts)}: expected some of {', '.join(PARTS)}")
+    rows: list[dict[str, Any]] = []
     with TemporaryDirectory(dir=folder) as place:
         shards = make_shards(Path(place), clips, seconds)
-        rows = [row for name in WANTED for row in _decoding(Path(place), name, seconds, repeats)]
-        rows += _loader(shards, repeats)
-        rows.append(_memory(shards, passes))
-        if stage2:
+        if "decoding" in parts:
+            rows += [row for name in WANTED for row in _decoding(Path(place), name, seconds, repeats)]
+            rows.append(_samples(Path(place), seconds, repeats))
+        if "loader" in parts:
+            rows += _loader(shards, repeats)
+        if "memory" in parts:
+            rows.append(_memory(shards, passes))
+        if "stage2" in parts:
             rows += _stage2(Path(place), resampler, cama, encoders, k, batch_size, repeats)
     gains = {row["what"]: row["gain"] for row in rows}
-    summary = (
-        f"16 frames of a clip: {gains['decoding, 16 frames over the clip']:.1f}x fewer CPU-ms; two workers "
-    )
-    summary += f"{gains['loader, 1 -> 2 workers']:.2f}x one"
-    if stage2:
-        summary += f"; Stage 2 step {gains['Stage 2 step, token store']:.0f}x"
+    told = {
+        "decoding, 16 frames over the clip": "16 frames of a clip: {:.1f}x fewer CPU-ms",
+        "loader, 1 -> 2 workers": "two workers {:.2f}x one",
+        "machine, 1 -> 2 processes": "without a loader {:.2f}x",
+        "memory, first -> last pass": "memory of the first pass {:.2f}x the last one's",
+        "Stage 2 step, token store": "Stage 2 step {:.0f}x",
+    }
+    summary = "; ".join(text.format(gains[what]) for what, text in told.items() if what in gains)
     return {
         "summary": summary,
         "title": f"reading data, {clips} clips of {seconds:g} s, {os.cpu_count()} CPUs (those of one core share it), "
@@ -120,6 +133,10 @@ def _decoding(folder: Path, name: str, seconds: float, repeats: int) -> list[dic
         "": _decode_and_convert_all,
         ", one converter": partial(_decode_and_convert_all, shared=True),
     }
+    peers = [*PEERS]
+    if find_spec("torchcodec"):
+        peers.append(", torchcodec")
+        methods[peers[-1]] = lambda *args, **options: read_clip(*args, **options, decoder="torchcodec").frames
     times: dict[str, list[float]] = {method: [] for method in methods}
     for path in sorted((folder / "videos").iterdir())[:6]:
         data = path.read_bytes()
@@ -129,12 +146,33 @@ def _decoding(folder: Path, name: str, seconds: float, repeats: int) -> list[dic
                 start = time.process_time()
                 pictures[method] = read(data, **options)
                 times[method].append(1000 * (time.process_time() - start))
-        if not all(np.array_equal(pictures["ours"].frames, pictures[peer]) for peer in PEERS):
+        if not all(np.array_equal(pictures["ours"].frames, pictures[peer]) for peer in peers):
             raise MotionRAGError(f"bench data: {name}: the pictures differ; this is a fault of motionrag")
     return [
         _row(f"decoding, {name}{peer}", "CPU-ms", times["ours"], times[peer], less_is_better=True)
-        for peer in PEERS
+        for peer in peers
     ]
+
+
+def _samples(folder: Path, seconds: float, repeats: int) -> dict[str, Any]:
+    methods: list[Callable[..., Any]] = [
+        read_clips,
+        lambda data, wanted: [read_clip(data, *want) for want in wanted],
+    ]
+    rng, times = np.random.default_rng(0), ([], [])
+    for path in sorted((folder / "videos").iterdir())[:6]:
+        data = path.read_bytes()
+        for _ in range(repeats):
+            starts = (np.arange(SAMPLES) + rng.random(SAMPLES)) / SAMPLES * max(seconds - 49 / 8, 0)
+            wanted = [Wanted(start, None, 49, 8.0) for start in starts]
+            pictures = []
+            for read, taken in zip(methods, times, strict=True):
+                begun = time.process_time()
+                pictures.append(read(data, wanted))
+                taken.append(1000 * (time.process_time() - begun) / SAMPLES)
+            if not all(np.array_equal(a.frames, b.frames) for a, b in zip(*pictures, strict=True)):
+                raise MotionRAGError("bench data: the samples differ; this is a fault of motionrag")
+    return _row(f"decoding, {SAMPLES} samples of a clip together", "CPU-ms", *times, less_is_better=True)
 
 
 def _decode_and_convert_all(
@@ -198,6 +236,7 @@ def _loader(shards: Path, repeats: int) -> list[dict[str, Any]]:
             start = time.perf_counter()
             list(islice(batches, count))
             speed[workers].append(2 * count / (time.perf_counter() - start))
+            time.sleep(1)  # its workers load ahead, which would slow down what is measured next
             with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
                 list(pool.map(_sleepy, range(workers)))
                 start = time.perf_counter()

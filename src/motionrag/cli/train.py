@@ -186,11 +186,15 @@ def _features_of(cfg: DictConfig, module: L.LightningModule) -> dict[str, Any]:
             "features=... is for stage=adapter and stage=joint; Stage 2 reads the features of the database"
         )
     fps = OmegaConf.to_container(cfg.clips)["fps"] if OmegaConf.is_list(cfg.clips.fps) else cfg.clips.fps
-    return {**module.frozen_identity(), "fps": fps}
+    about = {**module.frozen_identity(), "fps": fps}
+    if cfg.clips.get("decoder", "pyav") != "pyav":  # features of earlier versions do not say
+        about["decoder"] = cfg.clips.decoder
+    return about
 
 
 def _clips(cfg: DictConfig, module: L.LightningModule) -> Any:
-    """The clips of the configuration, or their features; raises MotionRAGError for features of other networks."""
+    """The clips of the configuration, or their features; raises MotionRAGError for features of other networks, and where
+    what is kept of one sample would be taken for another."""
     from hydra.utils import instantiate
 
     from motionrag.data.features import shards_fingerprint
@@ -198,7 +202,12 @@ def _clips(cfg: DictConfig, module: L.LightningModule) -> Any:
     from motionrag.errors import MotionRAGError
 
     if cfg.features is None:
-        return instantiate(cfg.clips, **module.clip_options())
+        clips = instantiate(cfg.clips, **module.clip_options())
+        if clips.samples > 1 and (cfg.module.cache or cfg.module.fixed_image_noise):
+            raise MotionRAGError(
+                f"clips.samples={clips.samples}: module.cache and module.fixed_image_noise keep one sample of each clip"
+            )
+        return clips
     wanted = _features_of(cfg, module)
     clips = instantiate(cfg.clips, **module.clip_options(), shards=cfg.features)
     made_by = dict(clips.made_by or {})

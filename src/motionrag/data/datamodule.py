@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from motionrag.data.batch import MotionBatch
 from motionrag.data.stream import Order, Shards
-from motionrag.data.video import UnreadableVideo, read_clip
+from motionrag.data.video import UnreadableVideo, Wanted, check_decoder, read_clip, read_clips
 from motionrag.errors import MotionRAGError
 from motionrag.retrieval import catalog
 from motionrag.retrieval.database import RetrievalDatabase
@@ -39,14 +39,15 @@ class Clips(Protocol):
     sources: list[str]  # clips of one source never end up on both sides of the split
     shards: np.ndarray | None  # number of the shard that each clip lies in; None: every clip costs the same
     buffer: int | None  # clips shuffled together if they lie in shards; None: all
+    samples: int  # of each clip, at positions of the stream that follow one another
 
     def split(self, column: str) -> list[str]:
         """Each clip's value in a column of the table."""
 
-    def read(self, index: int, position: int = 0) -> dict[str, Any]:
+    def read(self, index: int, position: int = 0, samples: int = 1) -> dict[str, Any]:
         """One clip's fields of MotionBatch, without the batch dimension; UnreadableVideo if that fails.
 
-        What is drawn at random depends on its `position` in the stream.
+        What is drawn at random depends on its `position` in the stream, and on how many `samples` of it there are.
         """
 
 
@@ -71,10 +72,13 @@ class ShardClips:
         shards: what `motionrag pack` wrote: a folder, a URL, or "pipe:COMMAND {file}" (see stream.Shards).
         frames, height, width: size of the clips; scaled to cover it, centre crop.
         fps: frames at this rate from the clip's start, of several rates any one; None: `frames` spread evenly over it.
+        samples: of each clip, at positions of the stream that follow one another and from one pass over the video:
+            each begins at a random moment in its own share of the time that leaves it room, at a rate of its own.
         db: retrieval database that holds the clips' motion features; None: the training module encodes them.
         keep: hold decoded clips in memory.
         buffer: clips shuffled together (see stream.Order); None: all, for folders on a fast disk.
         seed: of what is drawn at random.
+        decoder: pyav or torchcodec (see video.read_clip).
         cache, cache_gb, timeout, tries: for shards that are fetched (see stream.Shards).
     """
 
@@ -89,11 +93,15 @@ class ShardClips:
         keep: bool = False,
         buffer: int | None = 10_000,
         seed: int = 0,
+        decoder: str = "pyav",
         cache: str | Path | None = None,
         cache_gb: float = 20.0,
         timeout: float = 30.0,
         tries: int = 3,
+        samples: int = 1,
     ) -> None:
+        check_decoder(decoder)  # now, not in some worker
+        self.decoder = decoder
         self.stream = Shards(shards, cache, cache_gb, timeout, tries)
         self.table = self.stream.table
         self.made_by: dict[str, Any] | None = self.stream.index.get("features")  # of feature shards
@@ -103,6 +111,16 @@ class ShardClips:
         self.stream.check_room(buffer or len(self.ids))
         self.frames, self.size, self.seed = frames, (height, width), seed
         self.rates = list(fps) if isinstance(fps, Sequence) else [fps]
+        self.samples = samples
+        why = {
+            "expected at least 1": samples < 1,
+            "frames spread over the whole clip are always the same, give clips.fps": None in self.rates,
+            "clips.keep=true keeps one for each clip": keep,
+            "the database holds the motion of whole clips, choose db=null": bool(db),
+            "features hold one for each clip": self.made_by is not None,
+        }
+        if samples != 1 and any(why.values()):
+            raise MotionRAGError(f"clips.samples={samples}: {next(text for text in why if why[text])}")
         self.db = RetrievalDatabase(db) if db else None
         if self.db is not None:
             self.db.motion_features(())  # an error now if it holds motion tokens
@@ -113,18 +131,21 @@ class ShardClips:
                     f"e.g. {min(absent)}: encode these shards into it"
                 )
         self._kept: dict[tuple[int, float | None], Tensor] | None = {} if keep else None
+        self._waiting: dict[tuple[int, int], Tensor] = {}  # samples of the clip that was decoded last
 
     def split(self, column: str) -> list[str]:
         """Each clip's value in a column of the packed table."""
         return _column(self.table, column)
 
-    def read(self, index: int, position: int = 0) -> dict[str, Any]:
+    def read(self, index: int, position: int = 0, samples: int = 1) -> dict[str, Any]:
         """One clip: video, its frame rate, caption, and its motion features if there is a database."""
-        rate = self.rates[np.random.default_rng((self.seed, position)).integers(len(self.rates))]
+        rate, _ = self._drawn(position)
         record = catalog.record(self.table, index)
         clip = {"clip_id": record["id"], "captions": record["caption"]}
         if self.made_by is None:
-            clip["video"] = self._video(index, rate)
+            clip["video"] = (
+                self._video(index, rate) if samples == 1 else self._sample(index, position, samples)
+            )
         else:
             clip |= safetensors.torch.load(self.stream.read(index))
         if rate is not None:
@@ -132,6 +153,28 @@ class ShardClips:
         if self.db is not None and "target_motion" not in clip:
             clip["target_motion"] = self.db.motion_features([record["id"]])[0]
         return clip
+
+    def _drawn(self, position: int) -> tuple[float | None, float]:
+        """Rate of the sample at a position, and a number in [0, 1) that says when it begins."""
+        draw = np.random.default_rng((self.seed, position))
+        return self.rates[draw.integers(len(self.rates))], draw.random()
+
+    def _sample(self, index: int, position: int, samples: int) -> Tensor:
+        """The clip's sample at a position; those of the positions beside it are decoded with it and wait."""
+        if (index, position) not in self._waiting:
+            record = catalog.record(self.table, index)
+            first, wanted = position - position % samples, []
+            for number in range(samples):
+                rate, moment = self._drawn(first + number)
+                room = max(record["duration"] - self.frames / rate, 0.0)
+                start = (record["start_sec"] or 0.0) + room * (number + moment) / samples
+                wanted.append(Wanted(start, record["end_sec"], self.frames, rate))
+            clips = read_clips(self.stream.read(index), wanted, decoder=self.decoder)
+            self._waiting = {
+                (index, first + number): to_pixels(clip.frames, *self.size)
+                for number, clip in enumerate(clips)
+            }
+        return self._waiting.pop((index, position))
 
     def _video(self, index: int, fps: float | None) -> Tensor:
         if self._kept is None:
@@ -143,7 +186,12 @@ class ShardClips:
     def _decode(self, index: int, fps: float | None) -> Tensor:
         record = catalog.record(self.table, index)
         clip = read_clip(
-            self.stream.read(index), record["start_sec"], record["end_sec"], frames=self.frames, fps=fps
+            self.stream.read(index),
+            record["start_sec"],
+            record["end_sec"],
+            frames=self.frames,
+            fps=fps,
+            decoder=self.decoder,
         )
         return to_pixels(clip.frames, *self.size)
 
@@ -155,6 +203,8 @@ class ReferenceClips:
         db: retrieval database with neighbours, as `motionrag index` leaves it.
         k: reference clips per clip; itself and its source are never among them.
     """
+
+    samples = 1
 
     def __init__(self, db: str | Path, k: int = 9) -> None:
         self.db = RetrievalDatabase(db)
@@ -177,7 +227,7 @@ class ReferenceClips:
         """Each clip's value in a column of the packed table."""
         return self.db.column(column)
 
-    def read(self, index: int, position: int = 0) -> dict[str, Any]:
+    def read(self, index: int, position: int = 0, samples: int = 1) -> dict[str, Any]:
         """One clip's features and those of its references, nearest first."""
         return self.features(self.ids[index])
 
@@ -226,7 +276,7 @@ class ShardClipsWithReferences(ReferenceClips):
         """Each clip's value in a column of the packed table."""
         return self.clips.split(column)
 
-    def read(self, index: int, position: int = 0) -> dict[str, Any]:
+    def read(self, index: int, position: int = 0, samples: int = 1) -> dict[str, Any]:
         """One clip: video, frame rate, caption, its features and those of its references, nearest first."""
         return self.features(self.ids[index]) | self.clips.read(index, position)
 
@@ -245,28 +295,31 @@ class Part(Dataset):
     Args:
         clips: all of them.
         indices: which belong to this part.
-        order: gives for a position a place in `indices`; None: one after the other, from the start again at the end.
+        order: gives places in `indices`, each for as many positions as the clips have samples; None: one after the
+            other, one sample each, from the start again at the end.
     """
 
     def __init__(self, clips: Clips, indices: list[int], order: Order | None = None) -> None:
         self.clips, self.indices, self.order = clips, indices, order
+        self.samples = 1 if order is None else clips.samples
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def index(self, position: int) -> int:
         """Which clip comes at a position."""
-        return self.indices[position % len(self) if self.order is None else self.order[position]]
+        place = position % len(self) if self.order is None else self.order[position // self.samples]
+        return self.indices[place]
 
     def __getitems__(self, positions: list[int]) -> MotionBatch:
         """Batches keep their size, which DDP needs: an unreadable clip gives way to the one that follows it in the
         stream (which is seen again there), and the batch says so."""
         rows, skipped = [], []
         for position in positions:
-            for ahead in range(position, position + len(self)):
+            for ahead in range(position, position + len(self) * self.samples, self.samples):
                 index = self.index(ahead)
                 try:
-                    rows.append(self.clips.read(index, position))
+                    rows.append(self.clips.read(index, position, self.samples))
                     break
                 except UnreadableVideo as error:
                     skipped.append(f"{self.clips.ids[index]}: {error.reason}")
@@ -382,6 +435,8 @@ class MotionDataModule(L.LightningDataModule):
         part = self.train_part
         shards = None if self.clips.shards is None else self.clips.shards[part.indices].tolist()
         told = [self.seed, self.clips.buffer, shards, [self.clips.ids[index] for index in part.indices]]
+        if part.samples > 1:  # earlier checkpoints do not say
+            told.append(part.samples)
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
@@ -403,7 +458,7 @@ class MotionDataModule(L.LightningDataModule):
         if state_dict.get("order", self.order) != self.order:  # earlier versions did not say
             raise MotionRAGError(
                 "the checkpoint's place is one among other training clips, or in another order of them (clips added or "
-                "removed, seeds.data, clips.buffer, data.val_share): continue with those, or start anew from the "
+                "removed, seeds.data, clips.buffer, clips.samples, data.val_share): continue with those, or start anew from the "
                 "weights alone, module.weights=CHECKPOINT"
             )
         self._resumed = {name: state_dict[name] for name in ("clips", "batches")}

@@ -57,7 +57,7 @@ def write_features(
         batch_size: clips encoded together.
         max_bad: share of clips that may be unreadable before it stops with an error.
 
-    Raises MotionRAGError for several frame rates (which one a sample has is drawn in training), an `out` that is in the
+    Raises MotionRAGError for several frame rates or samples (which one is drawn in training), an `out` that is in the
     way, and too many unreadable clips.
     """
     out = Path(out)
@@ -65,6 +65,8 @@ def write_features(
         raise MotionRAGError(
             f"features hold one frame rate, clips.fps has {len(clips.rates)}: choose one of them"
         )
+    if clips.samples > 1:
+        raise MotionRAGError(f"features hold one sample of each clip, not clips.samples={clips.samples}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.with_name(f".{out.name}.lock")):  # of several processes the others wait for the first
         if (out / INDEX).is_file():

@@ -11,7 +11,7 @@ import signal
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -351,6 +351,15 @@ def _write_shard(job: _Job) -> dict[str, Any]:
     noted: list[dict[str, Any]] = []
     result: dict[str, Any] = {"file": job.file, "clips": 0, "skipped": skipped, "noted": noted}
     result["videos"] = _stamp(job)  # before they are read
+    last: dict[Place, bytes] = {}
+
+    def read(place: Place) -> bytes:
+        """A video's bytes; of rows that follow one another and are spans of one video only the first reads it."""
+        if place not in last:
+            last.clear()
+            last[place] = place.read()
+        return last[place]
+
     try:
         with atomic_path(job.partial / "shards" / job.file) as temporary:
             with (
@@ -360,7 +369,7 @@ def _write_shard(job: _Job) -> dict[str, Any]:
             ):
                 for row in job.rows:
                     try:
-                        data, record = _clip(row, job.partial, **job.options)
+                        data, record = _clip(row, read, job.partial, **job.options)
                     except UnreadableVideo as error:
                         skipped.append({"row": row["number"], "video": row["video"], "reason": error.reason})
                         if len(skipped) > job.allowed:
@@ -384,7 +393,12 @@ def _write_shard(job: _Job) -> dict[str, Any]:
 
 
 def _clip(
-    row: dict[str, Any], scratch: Path, short_side: int | None, keep_still: bool, few_frames: int
+    row: dict[str, Any],
+    read: Callable[[Place], bytes],
+    scratch: Path,
+    short_side: int | None,
+    keep_still: bool,
+    few_frames: int,
 ) -> tuple[bytes, ClipRecord]:
     """The bytes of a row's video and its record; :class:`UnreadableVideo` with the reason if it is unusable."""
     name = row["video"]
@@ -405,8 +419,7 @@ def _clip(
         raise UnreadableVideo(name, f"no span of a video: {told}")
     if "bad" in row:
         raise UnreadableVideo(name, row["bad"])
-    place: Place = row["place"]
-    data = place.read()
+    data = read(row["place"])
     if short_side is None:
         clip = read_clip(data, **span, frames=16, short_side=64)
     else:

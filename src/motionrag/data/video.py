@@ -6,9 +6,13 @@ Shapes: ``T`` frames, ``H`` x ``W`` pixels; pictures are uint8 RGB in 0..255, up
 from __future__ import annotations
 
 import io
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -19,6 +23,9 @@ from motionrag.io import atomic_path
 
 #: Two time stamps closer than this are the same moment (the coarsest container clock ticks every 10 ms).
 _SAME_MOMENT = 1e-3
+
+#: What decodes the pictures. torchcodec does so with the FFmpeg of this machine, PyAV with the one that it brings.
+DECODERS = ("pyav", "torchcodec")
 
 #: Demuxers that make a "video" out of plain text, or out of one picture (those of single formats: png_pipe ...).
 _TEXT_FORMATS = {"tty"}
@@ -62,6 +69,7 @@ def read_clip(
     frames: int | None = None,
     fps: float | None = None,
     short_side: int | None = None,
+    decoder: str = "pyav",
 ) -> Clip:
     """Decode a clip, converting only the frames that are wanted.
 
@@ -74,11 +82,37 @@ def read_clip(
       that many, the last one repeated if the source is too short (the note says so).
 
     short_side: resize so that the shorter side has this many pixels (the other one rounded).
+    decoder: of DECODERS. torchcodec takes frames by their time stamps: what is damaged, and files without good ones (AVI),
+    go through PyAV all the same, so frames, errors and notes are the same ones.
 
     Frames come in decode order, which is right also where time stamps are not. Rates are measured from the
     time stamps: stated ones are often wrong. A damaged file gives the frames before the damage and a note.
-    Raises :class:`UnreadableVideo` when there is no frame to give.
+    Raises :class:`UnreadableVideo` when there is no frame to give, :class:`MotionRAGError` for a decoder that is not
+    there and ``ValueError`` for ``short_side`` under torchcodec.
     """
+    return read_clips(source, [Wanted(start_sec, end_sec, frames, fps)], short_side, decoder)[0]
+
+
+class Wanted(NamedTuple):
+    """What is wanted of a file, as :func:`read_clip` takes it."""
+
+    start_sec: float | None = None
+    end_sec: float | None = None
+    frames: int | None = None
+    fps: float | None = None
+
+
+def read_clips(
+    source: str | Path | bytes,
+    wanted: Sequence[Wanted],
+    short_side: int | None = None,
+    decoder: str = "pyav",
+) -> list[Clip]:
+    """Several clips of one file in one pass over it, each as :func:`read_clip` gives it; frames that several want are
+    decoded once. All frames wanted are in memory together. Raises like it, also if only one clip cannot be had."""
+    check_decoder(decoder)
+    if decoder == "torchcodec" and short_side is not None:
+        raise ValueError("short_side is for decoder='pyav'; torchcodec gives pictures at their own size")
     name = "video data" if isinstance(source, bytes) else Path(source).name
     if not isinstance(source, bytes):
         if not Path(source).exists():
@@ -92,39 +126,60 @@ def read_clip(
     # The packets, which cost nothing to count, tell which frames will be wanted; decoding decides. Where
     # the two disagree (damage, hidden frames) the file is decoded again, from its start.
     packets = _packets(source, name)
-    choice, span = _choose(packets.times, start_sec, end_sec, frames, fps)
-    decoded = _decode_some(source, name, set(choice), packets, short_side) if choice else None
+    ends = [want.end_sec for want in wanted]
+    end = None if None in ends else max(ends)
+    choice = {number for want in wanted for number in _choose(packets.times, want)[0]}
+    decoded = None
+    if choice and decoder == "torchcodec":
+        decoded = _decode_by_torchcodec(source, choice, packets)
+    elif choice:
+        decoded = _decode_some(source, name, choice, packets, short_side)
     if decoded is None:
-        decoded = _decode(source, name, set(choice), end_sec, short_side)
+        decoded = _decode(source, name, choice, end, short_side)
     if not decoded.times:
         reason = f"damaged data: {decoded.error}" if decoded.error else "no frame can be decoded"
         raise UnreadableVideo(name, reason)
-    right_choice, span = _choose(decoded.times, start_sec, end_sec, frames, fps)
-    if not span:
-        length = decoded.times[-1]
-        raise UnreadableVideo(
-            name,
-            f"no frames between {start_sec or 0:g} and "
-            f"{'the end' if end_sec is None else f'{end_sec:g}'} s; the last frame is at {length:.2f} s",
-        )
-    if not set(right_choice) <= decoded.pictures.keys():
-        decoded = _decode(source, name, set(right_choice), end_sec, short_side)
+    chosen = [_choose(decoded.times, want) for want in wanted]
+    for want, (_, span) in zip(wanted, chosen, strict=True):
+        if not span:
+            raise UnreadableVideo(
+                name,
+                f"no frames between {want.start_sec or 0:g} and "
+                f"{'the end' if want.end_sec is None else f'{want.end_sec:g}'} s; the last frame is at "
+                f"{decoded.times[-1]:.2f} s",
+            )
+    right_choice = {number for numbers, _ in chosen for number in numbers}
+    if not right_choice <= decoded.pictures.keys():
+        decoded = _decode(source, name, right_choice, end, short_side)
 
-    notes = []
-    if decoded.error:
-        notes.append(f"stops after {len(decoded.times)} of {packets.announced} frames: damaged data")
-    if fps and frames:
-        missing = frames - _frames_at_rate(decoded.times, span, fps)
-        if missing > 0:
-            notes.append(f"{missing} of {frames} frames repeat the last one: the clip is too short")
-    return Clip(
-        frames=np.stack([decoded.pictures[i] for i in right_choice]),
-        fps=_rate(decoded.times, span, decoded.stated_fps),
-        decoded=len(span),
-        width=decoded.width,
-        height=decoded.height,
-        note="; ".join(notes),
-    )
+    clips = []
+    for want, (numbers, span) in zip(wanted, chosen, strict=True):
+        notes = []
+        if decoded.error:
+            notes.append(f"stops after {len(decoded.times)} of {packets.announced} frames: damaged data")
+        if want.fps and want.frames:
+            missing = want.frames - _frames_at_rate(decoded.times, span, want.fps)
+            if missing > 0:
+                notes.append(f"{missing} of {want.frames} frames repeat the last one: the clip is too short")
+        clips.append(
+            Clip(
+                frames=np.stack([decoded.pictures[i] for i in numbers]),
+                fps=_rate(decoded.times, span, decoded.stated_fps),
+                decoded=len(span),
+                width=decoded.width,
+                height=decoded.height,
+                note="; ".join(notes),
+            )
+        )
+    return clips
+
+
+def check_decoder(decoder: str) -> None:
+    """Raise MotionRAGError unless clips can be decoded by it here."""
+    if decoder not in DECODERS:
+        raise MotionRAGError(f"decoder={decoder}: expected one of {', '.join(DECODERS)}")
+    if decoder == "torchcodec":
+        _torchcodec()
 
 
 def write_mp4(
@@ -193,6 +248,14 @@ class _Packets:
     stamps: list[int | None]
     times: list[float]  # of the frames, as the packets promise them
     announced: int  # frames
+    format: str  # of the file
+    stream: int  # its number in the file
+    stated_fps: float
+
+    @property
+    def found_by_time(self) -> bool:
+        """Whether every frame has a time stamp of its own."""
+        return None not in self.stamps and len(set(self.stamps)) == len(self.stamps)
 
 
 def _packets(source: str | Path | bytes, name: str) -> _Packets:
@@ -206,7 +269,10 @@ def _packets(source: str | Path | bytes, name: str) -> _Packets:
                     stamps.append(packet.pts)
         except av.FFmpegError:
             pass  # decoding meets the same damage and reports it
-        return _Packets(stamps, _times(stamps, stream), max(announced, len(stamps)))
+        fps = float(stream.average_rate or 0)
+        announced = max(announced, len(stamps))
+        kind = container.format.name
+        return _Packets(stamps, _times(stamps, stream), announced, kind, stream.index, fps)
 
 
 def _times(stamps: list[int | None], stream: av.video.stream.VideoStream) -> list[float]:
@@ -221,10 +287,9 @@ def _times(stamps: list[int | None], stream: av.video.stream.VideoStream) -> lis
     return [float((stamp - ordered[0]) * stream.time_base) for stamp in ordered]
 
 
-def _choose(
-    times: list[float], start: float | None, end: float | None, frames: int | None, fps: float | None
-) -> tuple[list[int], range]:
+def _choose(times: list[float], want: Wanted) -> tuple[list[int], range]:
     """Numbers of the wanted frames, and the frame numbers of the span (both empty if it holds none)."""
+    start, end, frames, fps = want
     low = np.searchsorted(times, (start or 0.0) - _SAME_MOMENT)
     high = len(times) if end is None else np.searchsorted(times, end - _SAME_MOMENT)
     span = range(int(low), int(high))
@@ -259,7 +324,7 @@ def _decode_some(
 
     None if that does not go as the packets promise: frames are missing, out of order or damaged.
     """
-    if None in packets.stamps or len(set(packets.stamps)) < len(packets.stamps):
+    if not packets.found_by_time:
         return None
     stamps = sorted(packets.stamps)
     numbers = {stamp: number for number, stamp in enumerate(stamps)}
@@ -267,7 +332,7 @@ def _decode_some(
     before = None
     with _open(source, name) as container:
         stream = container.streams.video[0]
-        result = _Decoded(packets.times, {}, float(stream.average_rate or 0))
+        result = _Decoded(packets.times, {}, packets.stated_fps)
         convert = _Converter(result, short_side)
         try:
             if first:
@@ -290,6 +355,47 @@ def _decode_some(
         except av.FFmpegError:
             return None
     return result if result.pictures.keys() == wanted else None
+
+
+def _decode_by_torchcodec(source: str | Path | bytes, choice: set[int], packets: _Packets) -> _Decoded | None:
+    """The same by torchcodec, whose frames are numbered by their time stamps, too."""
+    # AVI has no time stamps; those made up for it may swap frames
+    if not packets.found_by_time or packets.format == "avi":
+        return None
+    wanted = sorted(choice)
+    target = source if isinstance(source, bytes) else str(source)
+    try:
+        file = _torchcodec()(target, stream_index=packets.stream, dimension_order="NHWC")
+        if len(file) != len(packets.times):
+            return None
+        found = file.get_frames_at(wanted)
+    except (RuntimeError, ValueError, IndexError):  # what it says of damaged files
+        return None
+    times = found.pts_seconds.numpy() - file.metadata.begin_stream_seconds
+    if np.abs(times - np.asarray(packets.times)[wanted]).max() > _SAME_MOMENT:
+        return None
+    pictures = found.data.numpy()
+    height, width = pictures.shape[1:3]
+    return _Decoded(
+        packets.times, dict(zip(wanted, pictures, strict=True)), packets.stated_fps, width, height
+    )
+
+
+@cache
+def _torchcodec() -> Callable[..., Any]:
+    """torchcodec's decoder, once it has decoded something: some versions can be imported without their libraries."""
+    try:
+        from torchcodec.decoders import VideoDecoder
+
+        with tempfile.TemporaryDirectory() as folder:
+            VideoDecoder(str(write_mp4(Path(folder) / "black.mp4", np.zeros((1, 16, 16, 3), np.uint8), 1)))[0]
+    except (ImportError, OSError, RuntimeError) as error:
+        raise MotionRAGError(
+            f"decoder=torchcodec: it does not work here ({' '.join(str(error).split())[:120]}); install a version for "
+            f"this torch (pip install 'motionrag[torchcodec]', of a CPU's torch 'torchcodec<0.14') and FFmpeg's shared "
+            "libraries, or choose decoder=pyav"
+        ) from error
+    return VideoDecoder
 
 
 def _decode(
