@@ -191,5 +191,7 @@ def test_many_processes_write_the_same_store(run, world):
         assert code == 2 and f"array={array}: expected I/N with I from 0 to N-1" in error
     code, _, error = run("encode", "shards=shards", "out=x", "precision=fp8", out="bad")
     assert code == 2 and "precision=fp8: choose from fp16, bf16, int8" in error
-    code, _, error = run("encode", "shards=shards", "out=x", "batch_size=0", "out=bad")
+    code, _, error = run("encode", "shards=shards", "out=x", "batch_size=0", out="bad")
     assert code == 2 and "batch_size=0: expected at least 1 clip" in error
+    code, _, error = run("encode", "shards=shards", "out=x", "max_bad=2", out="bad")
+    assert code == 2 and "max_bad=2: expected a share from 0 to 1" in error

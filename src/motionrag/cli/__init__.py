@@ -70,6 +70,8 @@ VERBS: dict[str, Verb] = {
 ALIASES = {"launcher": "hydra/launcher", "sweeper": "hydra/sweeper", "retrieval.k": "k"}
 # Keys whose values are prose: taken literally, never as numbers, lists or sweeps.
 TEXT_KEYS = frozenset({"prompt", "motion_prompt", "negative_prompt"})
+# Keys with a number that may also be null; conf/VERB.yaml says what that means.
+NULL_KEYS = frozenset({"near_duplicate"})
 # Packages that only some choices need -> the extra of ours that brings them.
 EXTRAS = {"bitsandbytes": "8bit", "optuna": "sweep", "wandb_workspaces": "wandb", "wandb": "wandb"}
 # Hydra's own options: those that take the next word as their value, and the others.
@@ -386,17 +388,19 @@ def missing_keys(cfg: DictConfig) -> list[str]:
 
 
 def check_kinds(verb: str, cfg: DictConfig) -> None:
-    """Raise MotionRAGError for a word where the verb's own config has a number or true/false.
+    """Raise MotionRAGError for a word or null where the verb's own config has a number or true/false.
 
-    null is left to the verb; keys of groups are checked by what is made of them.
+    Keys of groups are checked by what is made of them.
     """
     from omegaconf import OmegaConf
 
     expected = {bool: "true or false", int: "a whole number", float: "a number"}
     for key, default in OmegaConf.to_container(OmegaConf.load(conf_dir() / f"{verb}.yaml")).items():
         kind, value = type(default), OmegaConf.select(cfg, key)
-        if kind not in expected or value is None:
+        if kind not in expected or key not in cfg or (value is None and key in NULL_KEYS):
             continue
+        if value is None:
+            raise MotionRAGError(f"{key}=null: expected {expected[kind]} (motionrag {verb} --help)")
         if isinstance(value, bool) != (kind is bool) or not isinstance(value, (kind, int)):
             raise MotionRAGError(f"{key}={value}: expected {expected[kind]} (motionrag {verb} --help)")
 
