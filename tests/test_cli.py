@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from motionrag import cli, provenance
+from motionrag.cli.words import overrides_from_words
 from motionrag.errors import MotionRAGError
 
 # ---------------------------------------------------------------- fakes
@@ -124,7 +125,7 @@ def read_back(*words: str, verb: str = "retrieve") -> dict:
     """What a config with these keys becomes under the words."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    parsed = OverridesParser.create().parse_overrides(cli.overrides_from_words(verb, list(words)))
+    parsed = OverridesParser.create().parse_overrides(overrides_from_words(verb, list(words)))
     # through OmegaConf, which resolves interpolations
     cfg = OmegaConf.create()
     for override in parsed:
@@ -179,7 +180,7 @@ def test_words_keep_hydras_grammar():
     }
     words = ["--cfg", "job", "+new=1", "++new=1", "~old", "~old=1", "-m", "k=1,2,3", "hydra/launcher=basic"]
     # options go last: Hydra's parser wants all overrides in one stretch
-    assert cli.overrides_from_words("retrieve", words) == [
+    assert overrides_from_words("retrieve", words) == [
         "+new=1",
         "++new=1",
         "~old",
