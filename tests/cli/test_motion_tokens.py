@@ -57,18 +57,14 @@ def world(tmp_path_factory, words):
 
 
 @pytest.fixture
-def run(world, words, tmp_path, monkeypatch, capfd):
+def run(world, words, tmp_path, monkeypatch, command):
     """Run a verb in ``tmp_path``; returns exit code, output and the error line."""
     monkeypatch.chdir(tmp_path)
     for path in world.iterdir():
         (tmp_path / path.name).symlink_to(path)
 
     def run(verb, *more, out):
-        code = cli.main([verb, *words.get(verb, []), *more, f"hydra.run.dir={out}"])
-        told, err = capfd.readouterr()
-        errors = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert len(errors) == (code != 0), err
-        return code, told, (errors or [""])[0]
+        return command(verb, *words.get(verb, []), *more, f"hydra.run.dir={out}")
 
     return run
 
