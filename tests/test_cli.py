@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from motionrag import cli, provenance
+from motionrag.cli.words import overrides_from_words
 from motionrag.errors import MotionRAGError
 
 # ---------------------------------------------------------------- fakes
@@ -124,7 +125,7 @@ def read_back(*words: str, verb: str = "retrieve") -> dict:
     """What a config with these keys becomes under the words."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    parsed = OverridesParser.create().parse_overrides(cli.overrides_from_words(verb, list(words)))
+    parsed = OverridesParser.create().parse_overrides(overrides_from_words(verb, list(words)))
     # through OmegaConf, which resolves interpolations
     cfg = OmegaConf.create()
     for override in parsed:
@@ -179,7 +180,7 @@ def test_words_keep_hydras_grammar():
     }
     words = ["--cfg", "job", "+new=1", "++new=1", "~old", "~old=1", "-m", "k=1,2,3", "hydra/launcher=basic"]
     # options go last: Hydra's parser wants all overrides in one stretch
-    assert cli.overrides_from_words("retrieve", words) == [
+    assert overrides_from_words("retrieve", words) == [
         "+new=1",
         "++new=1",
         "~old",
@@ -336,6 +337,8 @@ def test_unknown_verb(capsys):
         ("k=nine", "k=nine: expected a whole number (motionrag retrieve --help)"),
         ("k=2.5", "k=2.5: expected a whole number"),
         ("k=true", "k=True: expected a whole number"),
+        ("k=null", "k=null: expected a whole number"),
+        ("draw=null", "draw=null: expected true or false"),
         ("scale=big", "scale=big: expected a number"),
         ("draw=perhaps", "draw=perhaps: expected true or false"),
     ],
@@ -346,9 +349,29 @@ def test_mistakes_in_overrides(app, capsys, word, expected):
     assert not app.calls
 
 
-@pytest.mark.parametrize("word", ["scale=2", "k=null", "draw=false", "~k"])
+@pytest.mark.parametrize("word", ["scale=2", "db=null", "draw=false", "~k"])
 def test_values_of_the_right_kind(app, word):
     assert app("x", word) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("pack table=t videos=v out=o workers=null", "workers=null: expected a whole number"),
+        ("pack table=t videos=v out=o max_bad=2", "max_bad=2: expected a share from 0 to 1"),
+        ("caption table=t.csv out=o.csv max_bad=-1", "max_bad=-1: expected a share from 0 to 1"),
+        ("train shards=s db=d seed=null", "seed=null: expected a whole number"),
+        ("generate image=x prompt=x seed=null", "seed=null: expected a whole number"),
+        ("generate image=x prompt=x guidance=-1", "guidance=-1: expected at least 0"),
+        ("evaluate shards=s db=d guidance=-1", "guidance=-1: expected at least 0"),
+        ("evaluate clips=a truth=b resamples=-1", "resamples=-1: expected a whole number from 0 on"),
+        ("evaluate shards=s db=d save_clips=-1", "save_clips=-1: expected a whole number from 0 on"),
+    ],
+)
+def test_values_out_of_range(tmp_path, monkeypatch, capsys, words, expected):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words.split()) == 2
+    assert expected in one_line(capsys)
 
 
 def test_unknown_choice_in_a_list(tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from motionrag import cli
+from motionrag.cli.words import overrides_from_words
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,7 +36,7 @@ def test_command(words):
         return
     assert program == "motionrag", f"README tells to run {program}: teach this test what that is"
     verb, *typed = rest
-    overrides = [word for word in cli.overrides_from_words(verb, typed) if not word.startswith("-")]
+    overrides = [word for word in overrides_from_words(verb, typed) if not word.startswith("-")]
     if "-m" in typed:  # a sweep: its first point
         overrides = [re.sub(r",[^\[\]]*$", "", word) for word in overrides]
     with initialize_config_dir(version_base="1.3", config_dir=str(cli.conf_dir())):

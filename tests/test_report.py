@@ -283,3 +283,22 @@ def test_command(tmp_path, motionrag):
     assert "<title>Hello, you</title>" in (tmp_path / "a run, (1)" / "report.html").read_text()
     done = motionrag("report", "nowhere")
     assert done.returncode == 2 and done.stderr.startswith("error: no run folder nowhere")
+
+
+def test_unfinished_runs_are_left_out_and_named(tmp_path, motionrag):
+    for name in ("a", "c"):
+        make_run(tmp_path / name, clips=1)
+    (tmp_path / "b/clips").mkdir(parents=True)
+    (tmp_path / "b/provenance.json").write_text("{}")
+    said = "left out b: it has not finished"
+    done = motionrag("report", "b", "a", "c", "out=page.html")
+    assert done.returncode == 0 and "report: 2 runs -> page.html" in done.stdout
+    assert said in done.stderr
+    text = (tmp_path / "page.html").read_text()
+    assert said in text and "These runs" in text
+    (tmp_path / "d").mkdir()
+    done = motionrag("report", "b", "d", "out=none.html")
+    assert done.returncode == 2 and done.stderr.startswith("error: b is no run folder: expected metrics.json")
+    assert not (tmp_path / "none.html").exists()
+    done = motionrag("report", "a", "nowhere", "out=none.html")
+    assert done.returncode == 2 and done.stderr.startswith("error: no run folder nowhere")

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 
 from motionrag import cli, sweeps
 from motionrag.cli import gpus, launch
+from motionrag.cli.words import overrides_from_words
 from motionrag.errors import MotionRAGError
 
 # ---------------------------------------------------------------- a verb that computes nothing
@@ -446,15 +447,13 @@ def test_points_at_the_same_time_have_gpus_of_their_own(four_gpus, tmp_path, mon
 
 
 def test_short_names():
-    assert cli.overrides_from_words(
-        "train", ["launcher=slurm", "launcher.partition=gpu", "retrieval.k=1,3"]
-    ) == [
+    assert overrides_from_words("train", ["launcher=slurm", "launcher.partition=gpu", "retrieval.k=1,3"]) == [
         "hydra/launcher=slurm",
         "hydra.launcher.partition=gpu",
         "k=1,3",
         "-m",
     ]
-    assert "-m" not in cli.overrides_from_words("train", ["launcher=slurm", "--cfg", "job"])
+    assert "-m" not in overrides_from_words("train", ["launcher=slurm", "--cfg", "job"])
 
 
 # ---------------------------------------------------------------- processes

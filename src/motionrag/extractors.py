@@ -113,49 +113,48 @@ class ClipEmbeddings:
 
 
 @dataclass(frozen=True)
-class TorchScriptVideo:
+class _TorchScriptFeatures:
+    """A torchscript that takes uint8 pixels.
+
+    path: the file. arguments: switches of its call that are set to True.
+    """
+
+    path: str
+    arguments: tuple[str, ...] = ()
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arguments", tuple(self.arguments))
+        _torchscript(self.path, _device(self.device))
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        return _call(self.path, _device(self.device), pixels, **dict.fromkeys(self.arguments, True))
+
+
+@dataclass(frozen=True)
+class TorchScriptVideo(_TorchScriptFeatures):
     """Features (B, D) of a torchscript that takes uint8 clips (1, 3, T, H, W): the I3D of FVD.
 
     path: the file. arguments: switches of its call that are set to True.
     """
 
-    path: str
     arguments: tuple[str, ...] = ("rescale", "resize", "return_features")
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "arguments", tuple(self.arguments))
-        _torchscript(self.path, _device(self.device))
 
     def __call__(self, video: Tensor) -> Tensor:
-        def features(clip: Tensor) -> Tensor:
-            return _call(self.path, _device(self.device), _uint8(clip).transpose(1, 2), **options)
-
-        options = dict.fromkeys(self.arguments, True)
-        return _one_by_one(features, video, self.device)
+        return _one_by_one(lambda clip: self._features(_uint8(clip).transpose(1, 2)), video, self.device)
 
 
 @dataclass(frozen=True)
-class TorchScriptFrames:
+class TorchScriptFrames(_TorchScriptFeatures):
     """Features (B, T, D) of a torchscript that takes uint8 pictures (N, 3, H, W): the Inception of FID.
 
     path: the file. arguments: switches of its call that are set to True.
     """
 
-    path: str
     arguments: tuple[str, ...] = ("return_features",)
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "arguments", tuple(self.arguments))
-        _torchscript(self.path, _device(self.device))
 
     def __call__(self, video: Tensor) -> Tensor:
-        def features(clip: Tensor) -> Tensor:
-            return _call(self.path, _device(self.device), _uint8(clip[0]), **options).flatten(1)[None]
-
-        options = dict.fromkeys(self.arguments, True)
-        return _one_by_one(features, video, self.device)
+        return _one_by_one(lambda clip: self._features(_uint8(clip[0])).flatten(1)[None], video, self.device)
 
 
 @dataclass(frozen=True)

@@ -190,13 +190,9 @@ class MotionRAG:
             motion_scale: weight of the adapter's branch.
             contexts: what `encode_contexts` gave for these prompts and images; None encodes them.
 
-        Raises MotionRAGError for less than one step, and for a scale that is no number.
+        Raises MotionRAGError as `check_sampling` does.
         """
-        if steps < 1:
-            raise MotionRAGError(f"steps={steps}: expected at least 1 denoising step")
-        for name, value in (("guidance", guidance), ("motion_scale", motion_scale)):
-            if not math.isfinite(value):
-                raise MotionRAGError(f"{name}={value}: expected a number, such as 1")
+        check_sampling(steps, guidance, motion_scale)
         contexts = contexts or self.encode_contexts(prompts, image)
         options = dict(steps=steps, guidance=guidance, seeds=seeds, progress=progress)
         if tokens is None:
@@ -205,6 +201,17 @@ class MotionRAG:
         tokens, null_tokens = tokens.to(self.device), self.null_tokens.to(self.device)
         motion = MotionInput(self.adapter, tokens, null_tokens, motion_scale)
         return self.backbone.sample(image, *contexts, motion=motion, **options).cpu()
+
+
+def check_sampling(steps: int, guidance: float, motion_scale: float) -> None:
+    """Raise MotionRAGError for less than one step, a scale that is no number, and a negative guidance."""
+    if steps < 1:
+        raise MotionRAGError(f"steps={steps}: expected at least 1 denoising step")
+    for name, value in (("guidance", guidance), ("motion_scale", motion_scale)):
+        if not math.isfinite(value):
+            raise MotionRAGError(f"{name}={value}: expected a number, such as 1")
+    if guidance < 0:
+        raise MotionRAGError(f"guidance={guidance:g}: expected at least 0; 1 is no guidance")
 
 
 def to_float(frames: np.ndarray) -> Tensor:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,14 +82,19 @@ class Section:
 
 
 def write_report(
-    runs: list[Path], out: Path, title: str = "MotionRAG", max_clips: int = 12, max_references: int = 3
+    runs: list[Path],
+    out: Path,
+    title: str = "MotionRAG",
+    max_clips: int = 12,
+    max_references: int = 3,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write the page for ``runs`` (in this order) to ``out`` and return its path.
 
     A folder of a sweep becomes a comparison of its points, with their curves. Two or more other folders are
     compared with each other, and shown one after the other below. ``max_clips`` side-by-side rows per run or
     comparison are shown, equally many of each domain, the first of each; with the ``max_references`` nearest
-    reference clips. Raises ``MotionRAGError`` naming the folder or file when
+    reference clips. ``notes`` stand below the title. Raises ``MotionRAGError`` naming the folder or file when
     one of ``runs`` is no run folder or a file it names is missing.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -114,7 +119,17 @@ def write_report(
         lstrip_blocks=True,
     )
     template = environment.get_template("report.html")
-    return write_text(out, template.render(title=title, sections=sections, comparisons=comparisons))
+    return write_text(
+        out, template.render(title=title, notes=notes, sections=sections, comparisons=comparisons)
+    )
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether there is nothing to show of a run's folder: neither metrics nor a training's log, nor a sweep."""
+    return folder.is_dir() and not (
+        any((folder / name).is_file() for name in ("metrics.json", "sweep.json"))
+        or any(folder.rglob("metrics.csv"))
+    )
 
 
 def read_run(folder: Path, max_clips: int, max_references: int) -> Section:
@@ -125,7 +140,7 @@ def read_run(folder: Path, max_clips: int, max_references: int) -> Section:
         )
     section = Section(name=folder.resolve().name)
     section.curves = read_curves(folder)
-    if not (folder / "metrics.json").is_file() and not any(folder.rglob("metrics.csv")):
+    if unfinished(folder):
         raise MotionRAGError(
             f"{folder} is no run folder: expected metrics.json and clips.json (motionrag evaluate, demo) "
             "or a metrics.csv (motionrag train)"

@@ -43,16 +43,12 @@ def world(tmp_path_factory, random_models):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capfd):
+def run(tmp_path, monkeypatch, command):
     """Run evaluate inside ``tmp_path``; returns exit code, output and the error line."""
     monkeypatch.chdir(tmp_path)
 
     def run(*words):
-        code = cli.main(["evaluate", *words, "out=scores", "hydra.run.dir=run"])
-        out, err = capfd.readouterr()
-        errors = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert len(errors) == (code != 0), err
-        return code, out, (errors or [""])[0]
+        return command("evaluate", *words, "out=scores", "hydra.run.dir=run")
 
     return run
 

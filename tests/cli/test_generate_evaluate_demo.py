@@ -43,7 +43,7 @@ def world(tmp_path_factory, random_models):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capfd, random_models, world):
+def run(tmp_path, monkeypatch, command, random_models, world):
     """Run a verb inside ``tmp_path`` on untrained models; returns exit code, output and the error line."""
     monkeypatch.chdir(tmp_path)
     for name, target in (("db", "made/db"), ("shards", "shards"), ("first.png", "first.png")):
@@ -51,11 +51,7 @@ def run(tmp_path, monkeypatch, capfd, random_models, world):
 
     def run(verb, *words):
         models = [] if verb == "demo" else random_models
-        code = cli.main([verb, *models, *words, f"hydra.run.dir=runs/{verb}"])
-        out, err = capfd.readouterr()
-        errors = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert len(errors) == (code != 0), err
-        return code, out, (errors or [""])[0]
+        return command(verb, *models, *words, f"hydra.run.dir=runs/{verb}")
 
     return run
 

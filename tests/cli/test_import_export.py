@@ -8,7 +8,6 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
-from motionrag import cli
 from motionrag.checkpoint import read_weights
 from motionrag.data.video import read_clip, write_mp4
 
@@ -22,17 +21,13 @@ SIZES = [
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, monkeypatch, command):
     """Run a verb inside ``tmp_path``; returns exit code, standard output and the error line."""
     monkeypatch.chdir(tmp_path)
 
     def run(verb, *words):
         GlobalHydra.instance().clear()
-        code = cli.main([verb, *words, f"hydra.run.dir=runs/{verb}"])
-        out, err = capsys.readouterr()
-        errors = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert len(errors) == (code != 0)
-        return code, out, (errors or [""])[0]
+        return command(verb, *words, f"hydra.run.dir=runs/{verb}")
 
     return run
 

@@ -57,18 +57,14 @@ def world(tmp_path_factory, words):
 
 
 @pytest.fixture
-def run(world, words, tmp_path, monkeypatch, capfd):
+def run(world, words, tmp_path, monkeypatch, command):
     """Run a verb in ``tmp_path``; returns exit code, output and the error line."""
     monkeypatch.chdir(tmp_path)
     for path in world.iterdir():
         (tmp_path / path.name).symlink_to(path)
 
     def run(verb, *more, out):
-        code = cli.main([verb, *words.get(verb, []), *more, f"hydra.run.dir={out}"])
-        told, err = capfd.readouterr()
-        errors = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert len(errors) == (code != 0), err
-        return code, told, (errors or [""])[0]
+        return command(verb, *words.get(verb, []), *more, f"hydra.run.dir={out}")
 
     return run
 
@@ -191,5 +187,7 @@ def test_many_processes_write_the_same_store(run, world):
         assert code == 2 and f"array={array}: expected I/N with I from 0 to N-1" in error
     code, _, error = run("encode", "shards=shards", "out=x", "precision=fp8", out="bad")
     assert code == 2 and "precision=fp8: choose from fp16, bf16, int8" in error
-    code, _, error = run("encode", "shards=shards", "out=x", "batch_size=0", "out=bad")
+    code, _, error = run("encode", "shards=shards", "out=x", "batch_size=0", out="bad")
     assert code == 2 and "batch_size=0: expected at least 1 clip" in error
+    code, _, error = run("encode", "shards=shards", "out=x", "max_bad=2", out="bad")
+    assert code == 2 and "max_bad=2: expected a share from 0 to 1" in error

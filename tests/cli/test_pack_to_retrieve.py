@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from motionrag import cli
 from motionrag.data.shards import ShardIndex
 from motionrag.data.video import read_clip, write_mp4
 from motionrag.encoders import AppearanceEncoder, MotionEncoder
@@ -55,18 +54,14 @@ def clips(tmp_path_factory):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys, random_encoders):
+def run(tmp_path, monkeypatch, command, random_encoders):
     """Run a verb inside ``tmp_path``; returns exit code, standard output and the error line."""
     monkeypatch.chdir(tmp_path)
     folders = [f"encoders.{role}.path={path}" for role, path in random_encoders.items()]
 
     def run(verb, *words):
         words = [*words, *folders] if verb == "encode" else words
-        code = cli.main([verb, *words, f"hydra.run.dir=runs/{verb}"])
-        out, err = capsys.readouterr()
-        errors = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert len(errors) == (code != 0)
-        return code, out, (errors or [""])[0]
+        return command(verb, *words, f"hydra.run.dir=runs/{verb}")
 
     return run
 

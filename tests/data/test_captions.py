@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from motionrag import cli
+from motionrag.cli.mistakes import user_message
 from motionrag.data import captions
 from motionrag.data.captions import LLMCaptioner, RuleCaptioner, caption_table, fault, rule_caption
 from motionrag.errors import MotionRAGError
@@ -254,7 +255,7 @@ def test_a_full_disk(tmp_path, small_files, suffix, what):
     size = (tmp_path / f"whole{suffix}.cache.jsonl").stat().st_size
     with small_files(size // 2 - 1 if what == "cache" else size), pytest.raises(OSError) as caught:
         caption_table(table, out, Scripted(answers), COLUMNS, batch_size=2)
-    assert cli.user_message(caught.value).startswith("no more is allowed in a file")
+    assert user_message(caught.value).startswith("no more is allowed in a file")
     assert not out.exists() and not list(tmp_path.glob(".*"))
     captioner = Scripted(answers)
     caption_table(table, out, captioner, COLUMNS, batch_size=2)

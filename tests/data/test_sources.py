@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from motionrag import cli
+from motionrag.cli.words import overrides_from_words
 from motionrag.data.packing import pack
 from motionrag.data.shards import ShardIndex, read_shard
 from motionrag.data.sources import VideoFolder, read_table, source_of, split_of
@@ -354,4 +355,4 @@ def test_the_commands_of_the_docs_are_complete(root):
             program, verb, *words = shlex.split(line, comments=True)
             assert program == "motionrag"
             if verb in ("pack", "caption"):
-                assert not cli.missing_keys(compose(verb, overrides=cli.overrides_from_words(verb, words)))
+                assert not cli.missing_keys(compose(verb, overrides=overrides_from_words(verb, words)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from motionrag.cli import user_message
+from motionrag.cli.mistakes import user_message
 from motionrag.lit import checkpoint_io
 from motionrag.lit.checkpoint_io import BackgroundCheckpointIO
 

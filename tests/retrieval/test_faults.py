@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from motionrag.cli import user_message
+from motionrag.cli.mistakes import user_message
 from motionrag.errors import MotionRAGError
 from motionrag.retrieval import bank, building, changes
 from motionrag.retrieval.bank import Part, PartWriter

@@ -114,6 +114,7 @@ class StoreWriter:
         which: slice = slice(None),
         resampler_name: str = "Resampler",
     ) -> None:
+        from motionrag.data.sources import check_max_bad
         from motionrag.errors import MotionRAGError
         from motionrag.retrieval.bank import PARTS
         from motionrag.retrieval.precision import PRECISIONS
@@ -122,6 +123,7 @@ class StoreWriter:
             raise MotionRAGError(f"precision={precision}: choose from {', '.join(PRECISIONS)}")
         if batch_size < 1:
             raise MotionRAGError(f"batch_size={batch_size}: expected at least 1 clip")
+        check_max_bad(max_bad)
         self.shards, self.out, self.encoders, self.resampler = shards, out, encoders, resampler
         self.batch_size, self.max_bad, self.precision = batch_size, max_bad, precision
         self.mine, self.resampler_name = shards.shards[which], resampler_name

@@ -38,9 +38,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from hydra.core.hydra_config import HydraConfig
     from rich.console import Console
 
+    from motionrag.errors import MotionRAGError
     from motionrag.evaluation.tables import paper_tables, write_tables
     from motionrag.io import write_json
 
+    for key in ("resamples", "save_clips"):
+        if cfg[key] < 0:
+            raise MotionRAGError(f"{key}={cfg[key]}: expected a whole number from 0 on")
     out = Path(str(cfg.out) if cfg.out else HydraConfig.get().runtime.output_dir)
     work = score_folders if cfg.clips or cfg.truth else score_split
     scores, gallery, settings, notes = work(cfg, out)
@@ -84,6 +88,7 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
     from motionrag.evaluation.gallery import Gallery, VBench
     from motionrag.evaluation.scores import Scores
     from motionrag.evaluation.split import count_split, read_split
+    from motionrag.generate import check_sampling
     from motionrag.metrics.batch import ClipBatch
     from motionrag.modules.fusion import Fusion
     from motionrag.retrieval.database import check_depth
@@ -101,6 +106,7 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
         raise MotionRAGError(f"seeds={seeds}: expected at least one, each once")
     if int(cfg.batch_size) < 1:
         raise MotionRAGError(f"batch_size={cfg.batch_size}: expected at least 1 clip")
+    check_sampling(int(cfg.steps), float(cfg.guidance), float(cfg.motion_scale))
     for node in cfg.make:
         instantiate(node)
     check_inputs(cfg)

@@ -45,7 +45,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     from motionrag.data.video import read_clip, write_mp4
     from motionrag.errors import MotionRAGError
-    from motionrag.generate import fit, read_image, to_float, to_uint8
+    from motionrag.generate import check_sampling, fit, read_image, to_float, to_uint8
     from motionrag.retrieval.database import check_depth
     from motionrag.retrieval.group import open_database
 
@@ -56,6 +56,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     out = Path(str(cfg.out) if cfg.out else Path(HydraConfig.get().runtime.output_dir) / "video.mp4")
     if out.is_dir():
         raise MotionRAGError(f"out={out} is a folder: give the name of an mp4 file")
+    check_sampling(int(cfg.steps), float(cfg.guidance), float(cfg.motion_scale))
     picture = read_image(str(cfg.image))
     db = open_database(cfg.db) if cfg.db else None
     if db:

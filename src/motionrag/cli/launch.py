@@ -217,7 +217,7 @@ def _rank(
     """One rank; it adds to the run's log files."""
     import torch
 
-    from motionrag.cli import user_message
+    from motionrag.cli.mistakes import user_message
 
     console = logging.StreamHandler()
     console.setLevel(logging.WARNING)

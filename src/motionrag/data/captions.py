@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from rich.progress import track
 
-from motionrag.data.sources import read_frame
+from motionrag.data.sources import check_max_bad, read_frame
 from motionrag.errors import MotionRAGError
 from motionrag.io import atomic_path, only_writer
 
@@ -420,6 +420,7 @@ def caption_table(
         raise MotionRAGError(f"out={out}: expected a name that ends in {', '.join(_WRITERS)}")
     if out.exists() and not overwrite:
         raise MotionRAGError(f"out={out} is there already; choose another name or add overwrite=true")
+    check_max_bad(max_bad)
     frame = read_frame(table)
     caption, motion = columns["caption"], columns["motion_caption"]
     if caption not in frame:

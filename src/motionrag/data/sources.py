@@ -205,6 +205,12 @@ def check_shares(shares: Mapping[str, float]) -> None:
         )
 
 
+def check_max_bad(max_bad: float) -> None:
+    """Raise :class:`MotionRAGError` unless ``max_bad`` is a share (0..1)."""
+    if not 0 <= max_bad <= 1:
+        raise MotionRAGError(f"max_bad={max_bad:g}: expected a share from 0 to 1, such as 0.1")
+
+
 def split_of(source: str, shares: Mapping[str, float], seed: int) -> str:
     """The split of all clips of one source video: by a hash of seed and source, so that neither other clips nor
     their order matter. shares: split -> part of all sources, in order; they sum to 1."""
