@@ -366,6 +366,11 @@ def test_values_of_the_right_kind(app, word):
         ("evaluate shards=s db=d guidance=-1", "guidance=-1: expected at least 0"),
         ("evaluate clips=a truth=b resamples=-1", "resamples=-1: expected a whole number from 0 on"),
         ("evaluate shards=s db=d save_clips=-1", "save_clips=-1: expected a whole number from 0 on"),
+        (
+            "evaluate shards=s db=d seeds=[0,x]",
+            "seeds=[0, 'x']: expected at least one whole number, each once",
+        ),
+        ("evaluate shards=s db=d limit=0", "limit=0: expected at least 1 clip, or null for all"),
     ],
 )
 def test_values_out_of_range(tmp_path, monkeypatch, capsys, words, expected):

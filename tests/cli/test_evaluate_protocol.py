@@ -154,7 +154,7 @@ def test_whatever_changes_a_protocols_numbers_is_said(word, said):
         (["protocol=openvid"], "unknown protocol 'openvid', did you mean 'openvid1k'?"),
         ([], "evaluate needs shards=DIR db=DIR"),
         (["clips=a"], "truth=DIR is missing"),
-        (["seeds=[1,1]"], "seeds=[1, 1]: expected at least one, each once"),
+        (["seeds=[1,1]"], "seeds=[1, 1]: expected at least one whole number, each once"),
         (["shards=.", "db=.", "batch_size=0"], "batch_size=0: expected at least 1 clip"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

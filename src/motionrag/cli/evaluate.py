@@ -94,7 +94,7 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
     from motionrag.retrieval.database import check_depth
     from motionrag.retrieval.group import open_database
 
-    conditions, seeds = list(cfg.conditions), [int(seed) for seed in cfg.seeds]
+    conditions, seeds = list(cfg.conditions), list(cfg.seeds)
     unknown = [c for c in conditions if c not in CONDITIONS]
     if unknown or not conditions:
         raise MotionRAGError(
@@ -102,8 +102,11 @@ def score_split(cfg: DictConfig, out: Path) -> Work:
         )
     if cfg.fusion not in get_args(Fusion):
         raise MotionRAGError(f"fusion={cfg.fusion}: choose from {', '.join(get_args(Fusion))}")
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise MotionRAGError(f"seeds={seeds}: expected at least one, each once")
+    whole = all(type(seed) is int for seed in seeds)
+    if not seeds or not whole or len(set(seeds)) < len(seeds):
+        raise MotionRAGError(f"seeds={seeds}: expected at least one whole number, each once")
+    if cfg.limit is not None and (type(cfg.limit) is not int or cfg.limit < 1):
+        raise MotionRAGError(f"limit={cfg.limit}: expected at least 1 clip, or null for all")
     if int(cfg.batch_size) < 1:
         raise MotionRAGError(f"batch_size={cfg.batch_size}: expected at least 1 clip")
     check_sampling(int(cfg.steps), float(cfg.guidance), float(cfg.motion_scale))
