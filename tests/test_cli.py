@@ -338,6 +338,8 @@ def test_unknown_verb(capsys):
         ("k=2.5", "k=2.5: expected a whole number"),
         ("k=true", "k=True: expected a whole number"),
         ("k=null", "k=null: expected a whole number"),
+        ("nested.rate=null", "nested.rate=null: expected a whole number (motionrag retrieve --help)"),
+        ("nested.rate=fast", "nested.rate=fast: expected a whole number"),
         ("draw=null", "draw=null: expected true or false"),
         ("scale=big", "scale=big: expected a number"),
         ("draw=perhaps", "draw=perhaps: expected true or false"),
@@ -349,7 +351,9 @@ def test_mistakes_in_overrides(app, capsys, word, expected):
     assert not app.calls
 
 
-@pytest.mark.parametrize("word", ["scale=2", "db=null", "draw=false", "~k"])
+@pytest.mark.parametrize(
+    "word", ["scale=2", "db=null", "draw=false", "~k", "~nested.rate", "~nested", "nested.rate=1"]
+)
 def test_values_of_the_right_kind(app, word):
     assert app("x", word) == 0
 
@@ -361,6 +365,7 @@ def test_values_of_the_right_kind(app, word):
         ("pack table=t videos=v out=o max_bad=2", "max_bad=2: expected a share from 0 to 1"),
         ("caption table=t.csv out=o.csv max_bad=-1", "max_bad=-1: expected a share from 0 to 1"),
         ("train shards=s db=d seed=null", "seed=null: expected a whole number"),
+        ("train shards=s db=d data.workers=null", "data.workers=null: expected a whole number"),
         ("generate image=x prompt=x seed=null", "seed=null: expected a whole number"),
         ("generate image=x prompt=x guidance=-1", "guidance=-1: expected at least 0"),
         ("evaluate shards=s db=d guidance=-1", "guidance=-1: expected at least 0"),

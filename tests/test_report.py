@@ -290,10 +290,11 @@ def test_unfinished_runs_are_left_out_and_named(tmp_path, motionrag):
         make_run(tmp_path / name, clips=1)
     (tmp_path / "b/clips").mkdir(parents=True)
     (tmp_path / "b/provenance.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("of mine")
     said = "left out b: it has not finished"
-    done = motionrag("report", "b", "a", "c", "out=page.html")
+    done = motionrag("report", "b", "a", "c", "notes.txt", "out=page.html")
     assert done.returncode == 0 and "report: 2 runs -> page.html" in done.stdout
-    assert said in done.stderr
+    assert said in done.stderr and "left out notes.txt: it is a file, not a run folder" in done.stderr
     text = (tmp_path / "page.html").read_text()
     assert said in text and "These runs" in text
     (tmp_path / "d").mkdir()

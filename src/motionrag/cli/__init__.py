@@ -251,14 +251,31 @@ def check_kinds(verb: str, cfg: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     expected = {bool: "true or false", int: "a whole number", float: "a number"}
-    for key, default in OmegaConf.to_container(OmegaConf.load(conf_dir() / f"{verb}.yaml")).items():
-        kind, value = type(default), OmegaConf.select(cfg, key)
-        if kind not in expected or key not in cfg or (value is None and key in NULL_KEYS):
-            continue
-        if value is None:
-            raise MotionRAGError(f"{key}=null: expected {expected[kind]} (motionrag {verb} --help)")
-        if isinstance(value, bool) != (kind is bool) or not isinstance(value, (kind, int)):
-            raise MotionRAGError(f"{key}={value}: expected {expected[kind]} (motionrag {verb} --help)")
+
+    def walk(defaults: dict, prefix: str) -> None:
+        for name, default in defaults.items():
+            key, kind = f"{prefix}{name}", type(default)
+            if kind is dict:
+                walk(default, f"{key}.")
+            if kind not in expected or not _has(cfg, key):
+                continue
+            value = OmegaConf.select(cfg, key)
+            if value is None and key in NULL_KEYS:
+                continue
+            if isinstance(value, bool) != (kind is bool) or not isinstance(value, (kind, int)):
+                said = "null" if value is None else value
+                raise MotionRAGError(f"{key}={said}: expected {expected[kind]} (motionrag {verb} --help)")
+
+    walk(OmegaConf.to_container(OmegaConf.load(conf_dir() / f"{verb}.yaml")), "")
+
+
+def _has(cfg: DictConfig, key: str) -> bool:
+    """Whether the dotted key is there, be it null."""
+    from omegaconf import OmegaConf
+
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    return OmegaConf.is_dict(node) and name in node
 
 
 def _short(path: Path) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import statistics
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
@@ -16,7 +14,6 @@ if TYPE_CHECKING:
     from motionrag.backbones.base import Backbone
     from motionrag.evaluation.gallery import Gallery
     from motionrag.evaluation.scores import Metrics, Scores
-    from motionrag.evaluation.tables import PaperTable
 
 LABELS = {
     "finetuned": "backbone fine-tuned on full captions",
@@ -39,7 +36,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from rich.console import Console
 
     from motionrag.errors import MotionRAGError
-    from motionrag.evaluation.tables import paper_tables, write_tables
+    from motionrag.evaluation.scores import mean_over_seeds
+    from motionrag.evaluation.tables import paper_tables, write_per_clip, write_tables
+    from motionrag.evaluation.terminal import rich_paper_table, rich_tables, summary
     from motionrag.io import write_json
 
     for key in ("resamples", "save_clips"):
@@ -58,7 +57,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     result["notes"] += [f"without {name}, which failed: {why}" for name, why in scores.metrics.failed.items()]
     per_clip = scores.per_clip()
     gallery.write({i: mean_over_seeds(conditions) for i, conditions in per_clip.items()})
-    write_csv(out / "per_clip.csv", per_clip)
+    write_per_clip(out / "per_clip.csv", per_clip)
     tables = paper_tables(result, list(cfg.table), settings.get("backbone"))
     write_tables(out, tables)
     write_json(out / "metrics.json", result)
@@ -323,92 +322,3 @@ def incompetent(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[
                     f"{still[metric]:.2f}), so little follows from what motion tokens add to it"
                 )
     return notes
-
-
-def mean_over_seeds(
-    conditions: Mapping[str, Mapping[int, Mapping[str, float]]],
-) -> dict[str, dict[str, float]]:
-    """condition -> seed -> metric -> value of one clip, without the seeds."""
-    out = {}
-    for condition, seeds in conditions.items():
-        rows = list(seeds.values())
-        out[condition] = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
-    return out
-
-
-def write_csv(path: Path, per_clip: Mapping[str, Mapping[str, Mapping[int, Mapping[str, float]]]]) -> None:
-    """One row for each clip, condition and seed."""
-    from motionrag.io import atomic_path
-
-    rows = [
-        {"id": clip_id, "condition": condition, "seed": seed, **values}
-        for clip_id, conditions in per_clip.items()
-        for condition, seeds in conditions.items()
-        for seed, values in seeds.items()
-    ]
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, list(rows[0]) if rows else ["id", "condition", "seed"])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def summary(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """The first metric of the first condition, and of the second if there is one, in a line."""
-    from motionrag.evaluation.tables import heading
-
-    first, *others = table
-    metric = next(iter(next(iter(table[first].values()))))
-    parts = []
-    for domain, row in table[first].items():
-        values = [row, *(table[c][domain] for c in others[:1] if domain in table[c])]
-        parts.append(f"{domain}: " + " -> ".join(f"{v[metric]:.1f}" for v in values))
-    clips = sum(row["n"] for row in table[first].values())
-    return f"{heading(metric).rstrip(' ↑↓')} {', '.join(parts)} ({clips} clips)"
-
-
-def rich_tables(
-    table: Mapping[str, Mapping[str, Mapping[str, float]]],
-    samples: Mapping[str, Mapping[str, Mapping[str, int]]],
-) -> list[Any]:
-    """The means for the terminal, one table for each domain that fits 80 columns; the best value is bold."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Column, Table
-
-    from motionrag.report import metric_table
-
-    shown = []
-    for domain in next(iter(table.values())):
-        page = metric_table(
-            {condition: {domain: row[domain]} for condition, row in table.items()}, {}, samples
-        )
-        first = Column("condition", min_width=max(map(len, table)))
-        one = Table(first, title=page.domains[0][0], title_justify="left", box=SIMPLE_HEAD)
-        for name in page.columns:
-            one.add_column(name, justify="right")
-        for condition, (_, cells) in zip(table, page.rows, strict=True):
-            one.add_row(condition, *(f"[bold]{cell.text}[/]" if cell.best else cell.text for cell in cells))
-        shown.append(one)
-    return shown
-
-
-def rich_paper_table(table: PaperTable) -> Any:
-    """The paper's table for the terminal."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Column, Table
-
-    from motionrag.evaluation.tables import heading
-
-    shown = Table(
-        Column("", min_width=max(len(row.name) for row in table.rows)),
-        title=table.caption(), title_justify="left", caption=table.overhead_line(), caption_justify="left",
-        box=SIMPLE_HEAD,
-    )  # fmt: skip
-    for metric in table.columns:
-        shown.add_column(heading(metric), justify="right")
-    for row in table.rows:
-        cell = table.number if row.name == "difference" else table.cell
-        shown.add_row(row.name, *(cell(row, metric) for metric in table.columns))
-        if row.intervals:  # beneath, or the table gets wider than a terminal
-            for which, name in enumerate(("95 % from", "to")):
-                shown.add_row(name, *(table.end(row, metric, which) for metric in table.columns), style="dim")
-    return shown

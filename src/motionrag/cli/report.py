@@ -18,13 +18,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     runs = [Path(str(run)) for run in cfg.runs]
     out = Path(str(cfg.out)) if cfg.out is not None else runs[0] / "report.html"
-    left_out = [run for run in runs if unfinished(run)]
+    left_out = [run for run in runs if run.is_file() or unfinished(run)]
     notes = []
     if len(left_out) < len(runs):  # else the error says what a run folder holds
         runs = [run for run in runs if run not in left_out]
-        notes = [
-            f"left out {run}: it has not finished, no metrics.json or metrics.csv yet" for run in left_out
-        ]
+        notes = [f"left out {run}: {why_left_out(run)}" for run in left_out]
     for note in notes:
         log.warning("%s", note)
     page = write_report(
@@ -34,3 +32,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     sweeps = [run for run in runs if (run / "sweep.json").is_file()]
     number = len(runs) - len(sweeps) + sum(len(read_plan(sweep)["points"]) for sweep in sweeps)
     return {"summary": f"{number} run{'s' * (number != 1)} -> {page}", "report": str(page)}
+
+
+def why_left_out(run: Path) -> str:
+    """What is wrong with something given beside finished runs, such as one of all names that `runs/*` stands for."""
+    if run.is_file():
+        return "it is a file, not a run folder"
+    return "it has not finished, no metrics.json or metrics.csv yet"

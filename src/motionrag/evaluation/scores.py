@@ -272,3 +272,14 @@ class OverSeeds:
 
 def _finite(video: Tensor) -> bool:
     return bool(video.isfinite().all())
+
+
+def mean_over_seeds(
+    conditions: Mapping[str, Mapping[int, Mapping[str, float]]],
+) -> dict[str, dict[str, float]]:
+    """condition -> seed -> metric -> value of one clip, without the seeds."""
+    out = {}
+    for condition, seeds in conditions.items():
+        rows = list(seeds.values())
+        out[condition] = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+    return out

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from motionrag.io import write_json, write_text
+from motionrag.io import atomic_path, write_json, write_text
 from motionrag.page import LABELS, METRICS, sample_counts
 
 #: Stages that only a condition with retrieval goes through, and how the paper's table calls them.
@@ -148,6 +148,22 @@ def write_tables(out: Path, tables: Sequence[PaperTable]) -> None:
     write_text(out / "table.csv", _csv(tables))
     write_text(out / "table.md", "\n".join(_markdown(table) for table in tables))
     write_text(out / "table.tex", "\n".join(_latex(table) for table in tables))
+
+
+def write_per_clip(
+    path: Path, per_clip: Mapping[str, Mapping[str, Mapping[int, Mapping[str, float]]]]
+) -> None:
+    """A CSV file with one row for each clip, condition and seed."""
+    rows = [
+        {"id": clip_id, "condition": condition, "seed": seed, **values}
+        for clip_id, conditions in per_clip.items()
+        for condition, seeds in conditions.items()
+        for seed, values in seeds.items()
+    ]
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]) if rows else ["id", "condition", "seed"])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _csv(tables: Sequence[PaperTable]) -> str:
