@@ -48,6 +48,7 @@ from omegaconf import OmegaConf
 
 from motionrag.cli import conf_dir
 from motionrag.cli.demo import join_tables
+from motionrag.cli.words import quoted_override
 from motionrag.data.motions import motions
 from motionrag.data.motionworld import make_dataset
 from motionrag.errors import MotionRAGError
@@ -64,7 +65,7 @@ SET_METRICS = {"fvd": ("FVD", -1)}  # no value for a clip, so no paired differen
 
 def verb(name: str, *overrides: str) -> dict[str, Any]:
     """`motionrag NAME overrides...` inside this process, which keeps no run folder of its own."""
-    cfg = compose(config_name=name, overrides=list(overrides))
+    cfg = compose(config_name=name, overrides=[quoted_override(word) for word in overrides])
     return importlib.import_module(f"motionrag.cli.{name}").run(cfg)
 
 

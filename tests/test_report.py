@@ -297,6 +297,8 @@ def test_unfinished_runs_are_left_out_and_named(tmp_path, motionrag):
     assert said in done.stderr and "left out notes.txt: it is a file, not a run folder" in done.stderr
     text = (tmp_path / "page.html").read_text()
     assert said in text and "These runs" in text
+    done = motionrag("report", "notes.txt", "a")
+    assert done.returncode == 0 and (tmp_path / "a" / "report.html").is_file()
     (tmp_path / "d").mkdir()
     done = motionrag("report", "b", "d", "out=none.html")
     assert done.returncode == 2 and done.stderr.startswith("error: b is no run folder: expected metrics.json")

@@ -234,6 +234,18 @@ def fit(images: Tensor, height: int, width: int) -> Tensor:
     return images[..., top : top + height, left : left + width]
 
 
+def usable(device: str | torch.device) -> torch.device:
+    """The device, once something lies on it. Raises MotionRAGError if torch cannot do that here."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        why = str(error).splitlines()[0]
+        raise MotionRAGError(
+            f"device={device}: cannot be used here ({why}); choose another or null"
+        ) from error
+    return torch.device(device)
+
+
 def read_image(path: str | Path) -> Tensor:
     """An image file -> (1, 3, H, W) float32 in [-1, 1], upright. Raises MotionRAGError if it is not one."""
     from PIL import Image, ImageOps

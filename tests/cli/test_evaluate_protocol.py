@@ -451,12 +451,30 @@ def test_a_metric_that_fails_late_leaves_no_values():
 def test_test_clips_that_are_not_whole_are_told(monkeypatch):
     record = ClipRecord("a", "a.mp4", "", "", "a", 8.0, 2, 8, 8, 0.2)
     clip = SimpleNamespace(frames=np.zeros((2, 8, 8, 3), np.uint8), note="3 of 9 frames repeat the last one")
-    monkeypatch.setattr(split, "ShardIndex", SimpleNamespace(open=lambda _: SimpleNamespace(files=["x"])))
+    index = SimpleNamespace(shards=["x"], verify=str)
+    monkeypatch.setattr(split, "ShardIndex", SimpleNamespace(open=lambda _: index))
     monkeypatch.setattr(split, "read_shard", lambda _: [(record, b"")])
     monkeypatch.setattr(split, "read_clip", lambda *_, **__: clip)
     backbone = SimpleNamespace(frames=2, height=8, width=8, fps=8)
     (clips,) = split.read_split("shards", backbone, None, 4)
     assert clips.notes == ["a: 3 of 9 frames repeat the last one"]
+
+
+def test_damaged_test_clips_and_shards_are_named(world, tmp_path, monkeypatch):
+    backbone = SimpleNamespace(frames=9, height=32, width=32, fps=8)
+    shards = tmp_path / "shards"
+    shutil.copytree(world / "shards", shards)
+    (first, *_) = [clip_id for clips in split.read_split(shards, backbone, None, 1) for clip_id in clips.ids]
+    original = split.read_clip
+    monkeypatch.setattr(split, "read_clip", lambda data, *a, **k: original(b"no video", *a, **k))
+    with pytest.raises(MotionRAGError, match=f"test clip {first} of {shards}: "):
+        next(split.read_split(shards, backbone, None, 1))
+    (tar,) = shards.glob("*.tar")
+    data = bytearray(tar.read_bytes())
+    data[len(data) // 2] ^= 1
+    tar.write_bytes(data)
+    with pytest.raises(MotionRAGError, match=f"shard {tar} is damaged"):
+        next(split.read_split(shards, backbone, None, 1))
 
 
 def test_frames_that_are_not_numbers_name_the_clip():

@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 from motionrag import cli
+from motionrag.cli.demo import make_room
 from motionrag.cli.train import make_motionworld
 from motionrag.data.motionworld import make_dataset
 from motionrag.data.packing import pack
@@ -110,6 +111,17 @@ def test_generate_with_a_database(generate, tmp_path):
     assert generate(prompt, "db=db", "k=3", "motion_scale=0") == bare
 
 
+def test_generate_looks_at_the_picture_for_retrievers_that_do(generate):
+    generate("a circle", "db=db", "k=2", "retriever=image")
+    db = RetrievalDatabase("db")
+    by_looks = [reference["id"] for reference in results("generate")["references"]]
+    assert len(by_looks) == 2 and set(by_looks) <= set(db.ids)
+    generate("a circle", "db=db", "k=2", "retriever=text_image")
+    assert [
+        reference["id"] for reference in results("generate")["references"]
+    ] == by_looks  # the pool is all clips
+
+
 def test_generate_searches_with_the_motion_prompt(generate):
     db = RetrievalDatabase("db")
     wanted = db.ids[3]
@@ -158,7 +170,13 @@ def test_libraries_are_quiet(motionrag, random_models, world, tmp_path):
         (["references=[gone.mp4]"], "gone.mp4: missing file"),
         (["references=[text.png]"], "text.png: "),
         (["steps=0"], "steps=0: expected at least 1 denoising step"),
-        (["out=runs"], "out=runs is a folder"),
+        (["out=runs"], "out=runs: expected the name of an mp4 file"),
+        (["device=nonsense"], "device=nonsense: cannot be used here"),
+        pytest.param(
+            ["device=cuda"],
+            "device=cuda: cannot be used here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="here it can"),
+        ),
         (["motion_scael=1"], "unknown config key 'motion_scael', did you mean 'motion_scale'?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -338,6 +356,7 @@ def test_the_oracle_retriever_is_asked_with_the_test_clips_own_features(world):
 
 
 def test_demo(run, tmp_path):
+    demo = tmp_path / "démo (1), a=b"
     smallest = [
         "db_clips=40",
         "test_clips=1",
@@ -345,6 +364,7 @@ def test_demo(run, tmp_path):
         "steps=2",
         "train_steps=2",
         "conditions=[backbone,motionrag]",
+        f"out={demo}",
     ]
     code, out, error = run("demo", *smallest)
     assert code == 0, error
@@ -352,7 +372,6 @@ def test_demo(run, tmp_path):
     typed = re.findall(r"^\$ motionrag (\w+)", out, flags=re.M)
     steps = "pack pack encode index retrieve train train generate evaluate report"
     assert typed == steps.split()
-    demo = tmp_path / "runs/demo"
     metrics = json.loads((demo / "metrics.json").read_text())
     assert list(metrics["conditions"]) == ["backbone", "motionrag"]
     for domains in metrics["conditions"].values():
@@ -362,3 +381,13 @@ def test_demo(run, tmp_path):
     assert "with retrieval" in page and "truth" in page and "<video" in page
     assert not re.search(r"(src|href)=.?https?:", page)
     assert {"adapter", "cama"} == {path.name for path in (demo / "train").iterdir()}
+    (demo / "clips" / "mine.txt").touch()
+    make_room(demo)
+    assert (demo / "report.html").exists() and not (demo / "clips").exists()
+
+
+def test_demo_leaves_folders_alone_that_no_demo_made(run, tmp_path):
+    (tmp_path / "world").mkdir()
+    code, _, error = run("demo", "out=.")
+    assert code == 2 and "out=.: world, db there are not of a demo" in error
+    assert (tmp_path / "db").exists()

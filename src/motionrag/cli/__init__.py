@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 # Keys with a number that may also be null; conf/VERB.yaml says what that means.
 NULL_KEYS = frozenset({"near_duplicate"})
+# Lists of which a single word will do.
+LONE_KEYS = frozenset({"others", "clips"})
 
 
 def conf_dir() -> Path:
@@ -244,38 +246,36 @@ def missing_keys(cfg: DictConfig) -> list[str]:
 
 
 def check_kinds(verb: str, cfg: DictConfig) -> None:
-    """Raise MotionRAGError for a word or null where the verb's own config has a number or true/false.
+    """Raise MotionRAGError for a word or null where the verb's own config has a number, true/false or a list.
 
     Keys of groups are checked by what is made of them.
     """
     from omegaconf import OmegaConf
 
-    expected = {bool: "true or false", int: "a whole number", float: "a number"}
+    expected = {bool: "true or false", int: "a whole number", float: "a number", list: "a list"}
 
-    def walk(defaults: dict, prefix: str) -> None:
+    def walk(defaults: dict, found: Any, prefix: str) -> None:
         for name, default in defaults.items():
-            key, kind = f"{prefix}{name}", type(default)
+            if not isinstance(found, dict) or name not in found or name == "defaults":
+                continue
+            key, kind, value = f"{prefix}{name}", type(default), found[name]
             if kind is dict:
-                walk(default, f"{key}.")
-            if kind not in expected or not _has(cfg, key):
+                walk(default, value, f"{key}.")
+            if isinstance(value, str) and "${" in value:
+                value = OmegaConf.select(cfg, key)
+            if kind not in expected or (value is None and key in NULL_KEYS):
                 continue
-            value = OmegaConf.select(cfg, key)
-            if value is None and key in NULL_KEYS:
-                continue
-            if isinstance(value, bool) != (kind is bool) or not isinstance(value, (kind, int)):
-                said = "null" if value is None else value
-                raise MotionRAGError(f"{key}={said}: expected {expected[kind]} (motionrag {verb} --help)")
+            fits = isinstance(value, (kind, int)) and isinstance(value, bool) == (kind is bool)
+            if kind is list:
+                fits = isinstance(value, list) or (key in LONE_KEYS and value is not None)
+            if not fits:
+                said, what = "null" if value is None else value, expected[kind]
+                if kind is list and value is not None:
+                    what += f", {key}=[{value}]"
+                raise MotionRAGError(f"{key}={said}: expected {what} (motionrag {verb} --help)")
 
-    walk(OmegaConf.to_container(OmegaConf.load(conf_dir() / f"{verb}.yaml")), "")
-
-
-def _has(cfg: DictConfig, key: str) -> bool:
-    """Whether the dotted key is there, be it null."""
-    from omegaconf import OmegaConf
-
-    parent, _, name = key.rpartition(".")
-    node = OmegaConf.select(cfg, parent) if parent else cfg
-    return OmegaConf.is_dict(node) and name in node
+    defaults = OmegaConf.to_container(OmegaConf.load(conf_dir() / f"{verb}.yaml"))
+    walk(defaults, OmegaConf.to_container(cfg), "")
 
 
 def _short(path: Path) -> str:

@@ -11,17 +11,22 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from motionrag.cli.words import quote, quoted_override
+from motionrag.errors import MotionRAGError
+
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Run the whole way; see ``conf/demo.yaml`` for the keys."""
+    """Run the whole way; see ``conf/demo.yaml`` for the keys.
+
+    Raises MotionRAGError if folders are in the way that no demo has made.
+    """
     from PIL import Image
 
     from motionrag.data.motionworld import make_dataset
     from motionrag.data.video import read_clip
 
     out, started = Path(str(cfg.out)), time.perf_counter()
-    for name in ("world", "test", "db", "train", "clips"):  # what an earlier demo left
-        shutil.rmtree(out / name, ignore_errors=True)
+    make_room(out)
     steps = Steps()
     with steps.timed("render MotionWorld clips"):
         weights = {"known": 46.0, "new": 14.0}  # as many clips of each motion, on average
@@ -78,7 +83,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         f"save_clips={cfg.save_clips}", f"conditions=[{','.join(cfg.conditions)}]", f"out={out}",
         "notes=[" + ",".join(f"'{note}'" for note in notes) + "]",
     )  # fmt: skip
-    steps.verb("report", f"runs=[{out}]", f"out={out}/report.html", "title='MotionRAG demo'")
+    steps.verb("report", f"runs=[{quote(str(out))}]", f"out={out}/report.html", "title='MotionRAG demo'")
     seconds = time.perf_counter() - started
     scores = evaluated["conditions"]
     new = ", ".join(f"{c} {scores[c]['new']['action_score']:.1f}" for c in list(cfg.conditions)[:2])
@@ -88,6 +93,20 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         "seconds_per_step": steps.seconds,
         "conditions": scores,
     }
+
+
+def make_room(out: Path) -> None:
+    """Remove what an earlier demo left in `out`, and nothing else."""
+    mark, names = out / ".demo", ("world", "test", "db", "train", "clips", "generate", "retrieve")
+    there = [name for name in names if (out / name).exists()]
+    if there and not mark.exists():
+        raise MotionRAGError(
+            f"out={out}: {', '.join(there)} there are not of a demo; choose another folder or move them away"
+        )
+    for name in there:
+        shutil.rmtree(out / name)
+    out.mkdir(parents=True, exist_ok=True)
+    mark.touch()
 
 
 class Steps:
@@ -107,7 +126,7 @@ class Steps:
         words = [word if shlex.quote(word) == word else f'"{word}"' for word in overrides]
         print(f"\n$ motionrag {verb} {' '.join(words)}", flush=True)
         with self.timed(verb):
-            cfg = compose(config_name=verb, overrides=list(overrides))
+            cfg = compose(config_name=verb, overrides=[quoted_override(word) for word in overrides])
             result = importlib.import_module(f"motionrag.cli.{verb}").run(cfg)
         print(result["summary"], flush=True)
         return result

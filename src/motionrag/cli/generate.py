@@ -17,8 +17,9 @@ def build(cfg: DictConfig) -> MotionRAG:
     from hydra.utils import instantiate
 
     from motionrag.backbones.base import RANDOM_WEIGHTS
-    from motionrag.generate import MotionRAG
+    from motionrag.generate import MotionRAG, usable
 
+    device = usable(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     backbone = instantiate(cfg.backbone)
     if backbone.random_weights:
         print(RANDOM_WEIGHTS.format(backbone.name))
@@ -31,7 +32,7 @@ def build(cfg: DictConfig) -> MotionRAG:
         cama=instantiate(cfg.get("cama")),  # None with `~cama`
         adapter_weights=cfg.weights.adapter,
         cama_weights=cfg.weights.cama,
-        device=cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
         offload=bool(cfg.offload),
     )
 
@@ -54,8 +55,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             "both db and references are given: choose a database or your own reference clips"
         )
     out = Path(str(cfg.out) if cfg.out else Path(HydraConfig.get().runtime.output_dir) / "video.mp4")
-    if out.is_dir():
-        raise MotionRAGError(f"out={out} is a folder: give the name of an mp4 file")
+    if out.is_dir() or out.suffix != ".mp4":
+        raise MotionRAGError(f"out={out}: expected the name of an mp4 file")
     check_sampling(int(cfg.steps), float(cfg.guidance), float(cfg.motion_scale))
     picture = read_image(str(cfg.image))
     db = open_database(cfg.db) if cfg.db else None
@@ -69,7 +70,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if db:
         model.check_database(db)
         retriever = instantiate(cfg.retriever, db=db)
-        ids, scores = retriever.retrieve(str(cfg.motion_prompt or cfg.prompt), int(cfg.k))
+        ids, scores = retriever.retrieve(str(cfg.motion_prompt or cfg.prompt), int(cfg.k), image=image)
         tokens = model.adapt_tokens(*model.read_references(db, [ids]), image)
         used = [{"score": s, **db.clip(i)} for i, s in zip(ids, scores.tolist(), strict=True)]
     elif cfg.references:

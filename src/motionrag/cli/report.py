@@ -17,12 +17,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from motionrag.sweeps import read_plan
 
     runs = [Path(str(run)) for run in cfg.runs]
-    out = Path(str(cfg.out)) if cfg.out is not None else runs[0] / "report.html"
     left_out = [run for run in runs if run.is_file() or unfinished(run)]
     notes = []
     if len(left_out) < len(runs):  # else the error says what a run folder holds
         runs = [run for run in runs if run not in left_out]
         notes = [f"left out {run}: {why_left_out(run)}" for run in left_out]
+    out = Path(str(cfg.out)) if cfg.out is not None else runs[0] / "report.html"
     for note in notes:
         log.warning("%s", note)
     page = write_report(

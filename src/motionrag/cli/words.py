@@ -91,7 +91,7 @@ def overrides_from_words(verb: str, words: list[str]) -> list[str]:
         elif DELETION.match(word):
             overrides.append(word)
         elif OVERRIDE.match(word):
-            overrides.append(_quoted_override(word, multirun))
+            overrides.append(quoted_override(word, multirun))
         else:
             bare.append(word)
     return overrides + _positional_override(verb, bare) + options
@@ -116,16 +116,17 @@ def _positional_override(verb: str, bare: list[str]) -> list[str]:
             f"{verb} does not know what to do with '{bare[0]}': options are key=value (motionrag {verb} --help)"
         )
     if spec.many:
-        return [f"{spec.positional}=[{','.join(_quote(word) for word in bare)}]"]
+        return [f"{spec.positional}=[{','.join(quote(word) for word in bare)}]"]
     if len(bare) > 1:
         raise MotionRAGError(
             f"{verb} takes one {spec.positional} and got {len(bare)}: put it in quotes, "
             f'motionrag {verb} "{" ".join(bare)}"'
         )
-    return [f"{spec.positional}={_quote(bare[0])}"]
+    return [f"{spec.positional}={quote(bare[0])}"]
 
 
-def _quoted_override(word: str, multirun: bool) -> str:
+def quoted_override(word: str, multirun: bool = False) -> str:
+    """`key=value` with the value in quotes if Hydra would refuse it or take it for a sweep."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -138,10 +139,10 @@ def _quoted_override(word: str, multirun: bool) -> str:
     already_quoted = legal and len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
     if key.lstrip("+") in TEXT_KEYS:
         legal = already_quoted or (multirun and legal)
-    return word if legal else f"{key}={_quote(value)}"
+    return word if legal else f"{key}={quote(value)}"
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
     """``text`` as a quoted string of Hydra's grammar that OmegaConf reads back literally."""
     from hydra.core.override_parser.types import Quote, QuotedString
 

@@ -17,6 +17,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import webdataset as wds
+from rich.progress import track
 from torch import Tensor
 
 from motionrag.data.batch import MotionBatch
@@ -92,7 +93,7 @@ def _write_all(
     (partial / "done").mkdir(parents=True, exist_ok=True)
     write_json(partial / "plan.json", plan)
     numbers, skipped, shards = clips.stream.numbers(), [], []
-    for number, file in enumerate(clips.stream.shards):
+    for number, file in enumerate(track(clips.stream.shards, description="features")):
         done = partial / "done" / f"{file}.json"
         if not done.is_file():
             bad: list[dict[str, str]] = []

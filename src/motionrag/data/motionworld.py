@@ -176,15 +176,16 @@ def make_dataset(
     """
     import csv
 
+    from rich.progress import track
+
     from motionrag.data.video import write_mp4
     from motionrag.io import atomic_path
 
     out = Path(out)
     (out / "videos").mkdir(parents=True, exist_ok=True)
     rows = []
-    for i, clip in enumerate(
-        itertools.islice(clip_stream(seed, domains or {"known": 1.0}, frames, held_out), n)
-    ):
+    stream = itertools.islice(clip_stream(seed, domains or {"known": 1.0}, frames, held_out), n)
+    for i, clip in enumerate(track(stream, description=f"rendering {out.name}", total=n)):
         clip_id = f"{prefix}-{i:05d}"
         write_mp4(out / "videos" / f"{clip_id}.mp4", render(clip, size), fps, pix_fmt="yuv444p", crf=10)
         rows.append(

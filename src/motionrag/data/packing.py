@@ -98,7 +98,7 @@ def pack(
     if shard_size < 1 or workers < 1:
         raise MotionRAGError(f"shard_size={shard_size}, workers={workers}: expected at least 1 of each")
     check_max_bad(max_bad)
-    if short_side is not None and short_side < 16:
+    if short_side is not None and (not isinstance(short_side, int) or short_side < 16):
         raise MotionRAGError(
             f"short_side={short_side}: expected at least 16 pixels, or null for the bytes as found"
         )

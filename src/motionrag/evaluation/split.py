@@ -14,7 +14,7 @@ from torch import Tensor
 from motionrag.backbones.base import Backbone
 from motionrag.data.shards import ClipRecord, ShardIndex, read_shard
 from motionrag.data.stream import Shards
-from motionrag.data.video import read_clip
+from motionrag.data.video import UnreadableVideo, read_clip
 from motionrag.errors import MotionRAGError
 from motionrag.generate import fit, to_float
 from motionrag.retrieval import catalog
@@ -58,17 +58,23 @@ def read_split(
     """Batches of at most `batch_size` clips of one domain ("all" where the table had no such column).
 
     limit: clips of each domain; None: all. Only a batch is ever in memory. Raises MotionRAGError if the folder holds
-    no shards or no clip, or a clip cannot be read.
+    no shards or no clip, a shard is not as it was packed, or a clip cannot be read.
     """
     waiting: dict[str, list[tuple[ClipRecord, Tensor, str]]] = {}
     counts: dict[str, int] = {}
-    for file in ShardIndex.open(shards).files:
-        for record, data in read_shard(file):
+    index = ShardIndex.open(shards)
+    for shard in index.shards:
+        for record, data in read_shard(index.verify(shard)):
             domain = _domain(record.metadata)
             if limit is not None and counts.get(domain, 0) >= limit:
                 continue
             counts[domain] = counts.get(domain, 0) + 1
-            clip = read_clip(data, record.start_sec, record.end_sec, frames=backbone.frames, fps=backbone.fps)
+            try:
+                clip = read_clip(
+                    data, record.start_sec, record.end_sec, frames=backbone.frames, fps=backbone.fps
+                )
+            except UnreadableVideo as error:
+                raise MotionRAGError(f"test clip {record.id} of {shards}: {error.reason}") from error
             video = fit(to_float(clip.frames), backbone.height, backbone.width)
             waiting.setdefault(domain, []).append((record, video, clip.note))
             if len(waiting[domain]) == batch_size:

@@ -8,11 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from rich.progress import track
 
 from motionrag.retrieval.index import CaptionIndex, Fetch, exact_search
 
 #: One stored neighbour: the clip's number (-1: there is none) and its score.
 NEIGHBOUR = np.dtype([("number", "<i4"), ("score", "<f4")])
+
+#: So many clips are done in a few seconds, without a progress bar.
+SHORT = 20_000
 
 
 @dataclass
@@ -43,7 +47,8 @@ class Captions:
 def nearest(captions: Captions, numbers: np.ndarray, k: int) -> np.ndarray:
     """The ``k`` nearest neighbours of clips ``numbers`` (m,): NEIGHBOUR (m,k), best first, -1 where there are no more."""
     result = np.full((len(numbers), k), np.array((-1, -np.inf), NEIGHBOUR))
-    for start in range(0, len(numbers), 1024):
+    blocks = range(0, len(numbers), 1024)
+    for start in track(blocks, description="nearest clips", disable=len(numbers) < SHORT):
         queries = captions.fetch(numbers[start : start + 1024])
         own = captions.group(numbers[start : start + 1024])
         pending = np.arange(len(queries))
