@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from cache import CACHE, CLIPS, KINDS, SHARES, has_full_caption
-from common import HERE, WEIGHTS, Average, Log, fixed_clips, optimizer, start
+from common import WEIGHTS, Average, Log, fixed_clips, optimizer, start
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 
 from motionrag.backbones.cogvideox import SCHEDULER, TINY_TRANSFORMER, CogVideoX, SentenceText
@@ -25,7 +25,6 @@ from motionrag.data.motionworld import COLOURS
 
 FULL = [0.9 if kind == "fine" else 0.1 if kind == "empty" else 0.0 for kind in KINDS]  # of a fine-tune
 HELD_OUT = 256  # of the clips, to see the loss on
-RESUME = HERE.parents[1] / "outputs" / "tiny_weights" / "backbone.pt"
 
 
 def assemble(transformer, text=None) -> CogVideoX:
@@ -37,7 +36,8 @@ def assemble(transformer, text=None) -> CogVideoX:
 
 
 def train(args):
-    log, kept = Log(args.log), RESUME.with_name("finetune.pt") if args.finetune else RESUME
+    name = "finetuned" if args.finetune else "backbone"
+    log, kept = Log(name), CACHE.with_name(f"{name}.pt")
     backbone = assemble(CogVideoXTransformer3DModel(**TINY_TRANSFORMER), text=lambda prompts: None)
     scale = backbone.vae.config.scaling_factor
     model = backbone.denoiser.train().requires_grad_(True)
@@ -68,7 +68,7 @@ def train(args):
 
     begin, total = 0, []
     rng = np.random.default_rng(args.seed)
-    if args.go_on or args.finetune:
+    if args.finetune:
         model.load_state_dict(
             CogVideoXTransformer3DModel.from_pretrained(WEIGHTS / "transformer").state_dict()
         )
@@ -183,7 +183,7 @@ def check(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -192,12 +192,8 @@ if __name__ == "__main__":
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
     parser.add_argument(
-        "--go-on", action="store_true", help="new run that starts from the last one's weights"
-    )
-    parser.add_argument(
         "--finetune", metavar="FILE", help="from the shipped weights on full captions, into FILE"
     )
-    parser.add_argument("--log", default="backbone_1")
     args = parser.parse_args()
     start(args.seed)
     (check if args.check else train)(args)

@@ -223,8 +223,8 @@ def main():
     args = parser.parse_args()
     start(args.seed)
     train, *defaults = {
-        "motion": (train_motion, 1300, 32, 2e-3),
-        "appearance": (train_appearance, 1000, 64, 1.5e-3),
+        "motion": (train_motion, 1600, 32, 2e-3),
+        "appearance": (train_appearance, 2500, 64, 1.5e-3),
     }[args.encoder]
     args.steps, args.batch, args.lr = (
         default if given is None else given
