@@ -261,9 +261,11 @@ def check_kinds(verb: str, cfg: DictConfig) -> None:
             key, kind, value = f"{prefix}{name}", type(default), found[name]
             if kind is dict:
                 walk(default, value, f"{key}.")
+            if kind not in expected:
+                continue
             if isinstance(value, str) and "${" in value:
                 value = OmegaConf.select(cfg, key)
-            if kind not in expected or (value is None and key in NULL_KEYS):
+            if value is None and key in NULL_KEYS:
                 continue
             fits = isinstance(value, (kind, int)) and isinstance(value, bool) == (kind is bool)
             if kind is list:
