@@ -104,7 +104,7 @@ def sample_clip(
     return WorldClip(motion, looks, track, phrases[rng.integers(len(phrases))])
 
 
-def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def shape_distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Signed distance (negative inside) of points (u, v) in units of the object's half size."""
     if shape == "circle":
         return np.hypot(u, v) - 1
@@ -135,7 +135,7 @@ def render(clip: WorldClip, size: int = 32) -> np.ndarray:
     cos, sin = np.cos(angle), np.sin(angle)
     u, v = ((x - cx) * cos + (y - cy) * sin) / half, ((y - cy) * cos - (x - cx) * sin) / half
     pixel = half * size  # distances in pixels, for one-pixel soft edges
-    inside = np.clip(0.5 - _distance(clip.looks.shape, u, v) * pixel, 0, 1)[..., None]
+    inside = np.clip(0.5 - shape_distance(clip.looks.shape, u, v) * pixel, 0, 1)[..., None]
     side = np.clip(0.5 + u * pixel, 0, 1)[..., None]
     first, second = (np.array(COLOURS[c], float) for c in clip.looks.colours)
     sx, sy = clip.looks.slope
