@@ -1,4 +1,4 @@
-"""The measure of kept shapes that gates the tiny backbone: true outlines pass, blobs do not."""
+"""The measure of kept shapes that the tiny backbone's gate prints: it names true outlines, and not blobs."""
 
 import importlib.util
 import itertools

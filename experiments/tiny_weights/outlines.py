@@ -45,7 +45,9 @@ def disk(mask: Tensor) -> Tensor:
 
 
 def fit(mask: Tensor, model: Tensor) -> float:
-    """Overlap (intersection over union) of two outlines, `model` moved, scaled and turned onto `mask`."""
+    """Overlap (intersection over union, 0 to 1) of two outlines, `model` (M, M) moved, scaled and turned onto `mask`
+    (H, H); both 0 or 1.
+    """
     (centre, area), (origin, size) = place(mask), place(model)
     angle = torch.arange(TURNS) * (2 * np.pi / TURNS)
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).view(-1, 2, 2)
@@ -59,13 +61,13 @@ def fit(mask: Tensor, model: Tensor) -> float:
 
 
 def templates(side: int = 64) -> dict[str, Tensor]:
-    """The outline of every shape, (side, side)."""
+    """The outline of every shape, (side, side) 0 or 1; the object's half size is two thirds of the picture's."""
     u, v = np.meshgrid(_line(side).numpy() * 1.5, _line(side).numpy() * 1.5)
     return {s: torch.from_numpy(shape_distance(s, u, v) < 0).float() for s in SHAPES if s not in ALIKE}
 
 
 def named_right(masks: Tensor, clips: Iterable[WorldClip]) -> float:
-    """Share of the masks (B, H, W) that their clip's shape fits best. Disks reach the circle's share."""
+    """Share (0 to 1) of the masks (B, H, H), 0 or 1, that their clip's shape fits best; disks: that of circles."""
     shapes = templates()
     right = []
     for mask, clip in zip(masks, clips, strict=True):
